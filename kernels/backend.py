@@ -1,0 +1,79 @@
+"""Which implementation of an op runs: per call (`backend=`) or for a block of code (`use_backend`)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .runtime import HAS_TRITON, INTERPRETED
+
+BACKENDS = ("auto", "triton", "torch", "torchvision")
+"""`auto` picks one; `triton` are this project's kernels; `torch` is the plain PyTorch reference; `torchvision`
+is torchvision's own op, or, where it has none, the way its detection models compute the same thing."""
+
+_default = "auto"
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Let every op called with `backend="auto"` inside the block use `backend`. Not thread-local.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+    """
+    global _default
+    _check_name(backend)
+    previous, _default = _default, backend
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch") -> str:
+    """Resolve `backend` for an op whose main input is `tensor`: the name of the one to run, never "auto".
+
+    `auto` is the enclosing `use_backend`, else Triton on a GPU, else `on_cpu` (what that op does fastest there).
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: Triton was asked for and cannot run on that tensor, or torchvision is not installed.
+    """
+    _check_name(backend)
+    backend = _default if backend == "auto" else backend
+    if backend == "auto":
+        if tensor.is_cuda and HAS_TRITON:
+            return "triton"
+        return on_cpu if on_cpu != "torchvision" or _has_torchvision() else "torch"
+    if backend == "triton":
+        _check_triton(tensor.device)
+    if backend == "torchvision" and not _has_torchvision():
+        raise RuntimeError("backend='torchvision' needs the torchvision package, which is not installed")
+    return backend
+
+
+def _check_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+
+
+def _check_triton(device: torch.device) -> None:
+    if not HAS_TRITON:
+        raise RuntimeError("backend='triton' needs the triton package, which is not installed")
+    if INTERPRETED and device.type != "cpu":
+        raise RuntimeError("TRITON_INTERPRET=1 runs the kernels on the CPU: move the tensors there or unset it")
+    if not INTERPRETED and device.type != "cuda":
+        raise RuntimeError(
+            f"the Triton kernels need CUDA tensors, these are on {device}; to run the kernels on a CPU "
+            "(slowly, for tests) set TRITON_INTERPRET=1 before Python starts"
+        )
+
+
+@functools.cache
+def _has_torchvision() -> bool:
+    return importlib.util.find_spec("torchvision") is not None

@@ -1,0 +1,126 @@
+"""`box_iou`: argument checks, backends, and the kernels as torch.library ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import choose_backend
+from ..checks import check_same_device, check_tensor
+from ..runtime import NAMESPACE, launch, next_power_of_2, tile
+from . import reference
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor, *, backend: str = "auto") -> Tensor:
+    """Intersection over union of every pair of boxes; `torchvision.ops.box_iou`, also in batches.
+
+    Args:
+        boxes1: [N, 4] or [B, N, 4] xyxy boxes, fp16, bf16, fp32 or fp64.
+        boxes2: [M, 4] or [B, M, 4], of the same dtype.
+        backend: see `BACKENDS`. On a CPU "auto" is the PyTorch reference.
+
+    Returns:
+        [N, M] or [B, N, M], fp32 (fp64 for fp64 boxes), bit-equal to torchvision's for fp32; 0/0 is NaN as there. Half
+        types are widened before the first subtraction, where torchvision subtracts in half. Differentiable.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device.
+    """
+    ndim = boxes1.ndim if isinstance(boxes1, Tensor) and boxes1.ndim == 3 else 2
+    check_tensor(boxes1, "boxes1", ndim, last=4)
+    check_tensor(boxes2, "boxes2", ndim, last=4)
+    check_same_device(boxes1=boxes1, boxes2=boxes2)
+    if boxes1.dtype != boxes2.dtype:
+        raise TypeError(f"boxes1 and boxes2 must share a dtype, got {boxes1.dtype} and {boxes2.dtype}")
+    if boxes1.shape[:-2] != boxes2.shape[:-2]:
+        raise ValueError(f"batch sizes differ: boxes1 {tuple(boxes1.shape)}, boxes2 {tuple(boxes2.shape)}")
+
+    backend = choose_backend(backend, boxes1)
+    if backend == "triton":
+        if ndim == 3:
+            return _forward(boxes1, boxes2)
+        return _forward(boxes1[None], boxes2[None])[0]
+    if backend == "torchvision":
+        from torchvision.ops import box_iou as op
+
+        return op(boxes1, boxes2) if ndim == 2 else torch.stack([op(a, b) for a, b in zip(boxes1, boxes2, strict=True)])
+    return reference.box_iou(boxes1, boxes2)
+
+
+def _blocks(n: int, m: int) -> tuple[int, int]:
+    return min(next_power_of_2(n), tile(16, 1024)), min(next_power_of_2(m), tile(128, 1024))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::box_iou", mutates_args=())
+def _forward(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    from .kernel import box_iou_kernel
+
+    iou = _forward_fake(boxes1, boxes2)
+    batch, n, m = iou.shape
+    block_n, block_m = _blocks(n, m)
+    launch(
+        box_iou_kernel,
+        (-(-n // block_n) * -(-m // block_m), batch),
+        boxes1.contiguous(),
+        boxes2.contiguous(),
+        iou,
+        n,
+        m,
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        enable_fp_fusion=False,
+        device=iou.device,
+    )
+    return iou
+
+
+@_forward.register_fake
+def _forward_fake(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    dtype = torch.float64 if boxes1.dtype == torch.float64 else torch.float32
+    return boxes1.new_empty(boxes1.shape[0], boxes1.shape[1], boxes2.shape[1], dtype=dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::box_iou_backward", mutates_args=())
+def _backward(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    return _gradient(grad_iou, boxes1, boxes2), _gradient(grad_iou.transpose(1, 2), boxes2, boxes1)
+
+
+@_backward.register_fake
+def _(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(boxes1), torch.empty_like(boxes2)
+
+
+def _gradient(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Gradient of `boxes1` from grad_iou [B, N, M], any strides."""
+    from .kernel import box_iou_backward_kernel
+
+    boxes1, boxes2 = boxes1.contiguous(), boxes2.contiguous()
+    batch, n, m = grad_iou.shape
+    grad = torch.zeros_like(boxes1)
+    block_n, block_m = _blocks(n, m)
+    launch(
+        box_iou_backward_kernel,
+        (-(-n // block_n), batch),
+        boxes1,
+        boxes2,
+        grad_iou,
+        grad,
+        n,
+        m,
+        *grad_iou.stride(),
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        device=grad.device,
+    )
+    return grad
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, grad_iou: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+    return _backward(grad_iou, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,55 @@
+"""Argument checks shared by the ops: each says what was wrong and what is wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(value: object, name: str, ndim: int, last: int | None = None) -> Tensor:
+    """Return `value` if it is a floating tensor of `ndim` dimensions (the last of size `last`).
+
+    Raises:
+        TypeError: not a tensor, or not fp16, bf16, fp32 or fp64.
+        ValueError: wrong shape.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.ndim != ndim or (last is not None and value.shape[-1] != last):
+        wanted = f"{ndim} dimensions" + ("" if last is None else f", the last of size {last}")
+        raise ValueError(f"{name} must have {wanted}, got shape {tuple(value.shape)}")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    return value
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    devices = {name: t.device for name, t in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            "all tensors must be on one device, got " + ", ".join(f"{k} on {v}" for k, v in devices.items())
+        )
+
+
+def check_indices(indices: Tensor, end: int, name: str, minimum: int = 0) -> None:
+    """Raise IndexError for an index outside [minimum, end), on the CPU only.
+
+    On a GPU the check would stop the device; there the kernels never address outside their tensors, and each op's
+    docstring says what an index out of range gives.
+    """
+    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = indices.min().item(), indices.max().item()
+    if not (low >= minimum and high < end):  # written so that NaN fails
+        raise IndexError(f"{name} must lie in [{minimum}, {end}), got {low:g} to {high:g}")
+
+
+def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    """`value` as (height, width), both at least 1; raises ValueError otherwise."""
+    height, width = (value, value) if isinstance(value, int) else value
+    if int(height) < 1 or int(width) < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return int(height), int(width)

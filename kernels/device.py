@@ -1,0 +1,30 @@
+"""Triton device functions that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def divide(a, b):
+    """IEEE division: `/` on fp32 compiles to an approximation (div.full.f32) that can move a label or a bin.
+
+    `tl.div_rn` rejects fp64, where `/` is exact already.
+    """
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def intersection_over_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
+    """IoU of xyxy boxes in torchvision.ops.box_iou's order of operations; 0/0 is NaN.
+
+    Bit-equal to it when launched with `enable_fp_fusion=False`: a fused multiply-add rounds once instead of
+    twice, and the low-quality rule of anchor matching compares IoUs for equality.
+    """
+    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+    intersection = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    return divide(intersection, union)

@@ -1,0 +1,45 @@
+"""Whether Triton is here, how it runs, and the one door through which every kernel is launched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton reads the variable when it is imported, so it must be set before Python imports triton.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# torch.library names are global to the process: a copy of this folder under another name needs its own.
+NAMESPACE = __package__.replace(".", "_")
+
+launch_counts: Counter[str] = Counter()
+"""Launches of each Triton kernel by name since the process began (or since `launch_counts.clear()`)."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
+    """Launch `kernel` over `grid` on `device` and count it; an empty grid launches nothing.
+
+    Triton launches on the current CUDA device, which need not be the tensors' own.
+    """
+    if 0 in grid:
+        return
+    launch_counts[kernel.__name__] += 1
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+def tile(on_gpu: int, interpreted: int) -> int:
+    """Block size: the interpreter pays per program and per operation, not per element, so it wants big tiles."""
+    return interpreted if INTERPRETED else on_gpu
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least `n` (>= 1): Triton's block sizes have to be powers of two."""
+    return 1 << max(n - 1, 0).bit_length()
