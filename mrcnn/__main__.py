@@ -1,0 +1,5 @@
+"""`python -m mrcnn` is the command `mrcnn`."""
+
+from .cli import main
+
+main()

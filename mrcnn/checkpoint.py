@@ -1,0 +1,89 @@
+"""Checkpoints: one file with the weights and everything needed to use them; never half-written, never code."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, config_from_dict
+from .errors import CheckpointError, ConfigError
+from .modeling import MaskRCNN
+
+FORMAT = "triton-mask-rcnn checkpoint 1"
+
+
+@dataclass
+class Checkpoint:
+    """A trained model and what its outputs mean."""
+
+    model: MaskRCNN
+    config: Config
+    class_names: list[str]  # class_names[0] is the background
+    category_ids: list[int]  # COCO category of each class
+    step: int
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `path`, replacing a file there only when the new one is whole.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(checkpoint.config),
+        "class_names": list(checkpoint.class_names),
+        "category_ids": list(checkpoint.category_ids),
+        "step": checkpoint.step,
+        "model": checkpoint.model.state_dict(),
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint written by `save_checkpoint`, with its model in evaluation mode on `device`.
+
+    The file is read with `weights_only=True`: it can hold tensors and plain values, not code.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint of this project, or weights that do not fit its configuration.
+    """
+    content = _read(path)
+    try:
+        config = config_from_dict(content["config"])
+        model = MaskRCNN(config.model)
+        model.load_state_dict(content["model"])
+        names, ids, step = content["class_names"], content["category_ids"], content["step"]
+    except (KeyError, TypeError, ConfigError, RuntimeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is a damaged checkpoint or one of another version: {reason}") from None
+    return Checkpoint(model.to(device).eval(), config, names, ids, step)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: damaged, or a file of another kind") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this project; `mrcnn train` writes them")
+    return content

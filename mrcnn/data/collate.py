@@ -1,0 +1,148 @@
+"""From a list of samples to one padded Batch, with every object's mask in one flat pool."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mrcnn.errors import ConfigError
+from mrcnn.structures import Batch, Targets
+
+
+class Collate:
+    """Collate function of a DataLoader: a list of (image, target) becomes a Batch.
+
+    A class rather than a closure so that worker processes can be started by pickling it.
+    """
+
+    def __init__(self, max_objects: int, size_divisor: int = 32, pad_to: tuple[int, int] | None = None) -> None:
+        """Fix the shapes of the batches.
+
+        Args:
+            max_objects: slots per image, G; objects beyond it are left out, with one warning.
+            size_divisor: images are padded to multiples of it; 32 is the stride of the coarsest FPN input.
+            pad_to: (height, width) of every batch, for shapes that never change; without it a batch is as
+                large as its largest image.
+
+        Raises:
+            ConfigError: max_objects below 1, or a pad_to that size_divisor does not divide.
+        """
+        if max_objects < 1:
+            raise ConfigError(f"max_objects must be at least 1, got {max_objects}.")
+        if pad_to and any(side % size_divisor for side in pad_to):
+            raise ConfigError(f"pad_to {tuple(pad_to)} must be divisible by {size_divisor}.")
+        self.max_objects, self.size_divisor, self.pad_to = max_objects, size_divisor, pad_to
+        self._warned = False
+
+    def __call__(self, samples: Sequence[tuple[Tensor, dict]]) -> Batch:
+        """Pad images (uint8 `[3, h, w]`) at the bottom and right with zeros, and batch their targets.
+
+        Raises:
+            ConfigError: an image is larger than `pad_to`.
+            TypeError: an image is not uint8.
+        """
+        images, targets = zip(*samples, strict=True)
+        images = self._pad(images)
+        self._warn_if_too_many(targets)
+        return Batch(
+            images=images,
+            sizes=torch.tensor([image.shape[-2:] for image, _ in samples], dtype=torch.int64),
+            image_ids=[target["image_id"] for target in targets],
+            original_sizes=[tuple(target["original_size"]) for target in targets],
+            targets=targets_from_lists(targets, self.max_objects),
+        )
+
+    def _pad(self, images: Sequence[Tensor]) -> Tensor:
+        if any(image.dtype != torch.uint8 for image in images):
+            raise TypeError(f"images must be uint8, got {[image.dtype for image in images]}")
+        largest = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
+        height, width = self.pad_to or [-(-s // self.size_divisor) * self.size_divisor for s in largest]
+        if largest[0] > height or largest[1] > width:
+            raise ConfigError(f"an image of {largest} pixels (height, width) does not fit pad_to {self.pad_to}.")
+        batch = images[0].new_zeros((len(images), 3, height, width))
+        for slot, image in zip(batch, images, strict=True):
+            slot[:, : image.shape[-2], : image.shape[-1]] = image
+        return batch
+
+    def _warn_if_too_many(self, targets: Sequence[dict]) -> None:
+        for target in targets:
+            count = len(target["labels"])
+            if count > self.max_objects and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"image {target['image_id']} has {count} objects: only the first {self.max_objects} are "
+                    f"trained on, here and in other images; raise max_objects to train on all.",
+                    stacklevel=3,
+                )
+
+
+def targets_from_lists(targets: Sequence[dict], max_objects: int | None = None) -> Targets:
+    """Convert torchvision's list of target dicts to padded Targets.
+
+    Args:
+        targets: one dict per image: `boxes` `[n, 4]` xyxy in pixels, `labels` `[n]`, `masks` `[n, H, W]` of
+            any dtype, non-zero where the object is. H and W may differ between images.
+        max_objects: slots per image, G; by default the most objects of an image, at least 1. Of an image with
+            more, the first G are kept.
+
+    Returns:
+        Targets on the device of the input. An object whose mask is empty is left out.
+    """
+    kept = [_keep(target, max_objects) for target in targets]
+    slots = max_objects or max(1, *(len(labels) for _, labels, _, _ in kept))
+    device = targets[0]["labels"].device
+    boxes = torch.zeros((len(kept), slots, 4), dtype=torch.float32, device=device)
+    labels = torch.zeros((len(kept), slots), dtype=torch.int64, device=device)
+    extents = torch.zeros((len(kept), slots, 4), dtype=torch.int32, device=device)
+    crops: list[Tensor] = []
+    for b, (image_boxes, image_labels, masks, image_extents) in enumerate(kept):
+        n = len(image_labels)
+        boxes[b, :n], labels[b, :n], extents[b, :n] = image_boxes, image_labels, image_extents
+        for mask, (x0, y0, x1, y1) in zip(masks, image_extents.tolist(), strict=True):
+            crops.append(mask[y0:y1, x0:x1].ne(0).flatten())
+    areas = ((extents[..., 2] - extents[..., 0]) * (extents[..., 3] - extents[..., 1])).to(torch.int64)
+    ends = areas.flatten().cumsum(0).view_as(areas)
+    return Targets(
+        boxes=boxes,
+        labels=labels,
+        count=torch.tensor([len(item[1]) for item in kept], dtype=torch.int32, device=device),
+        mask_pool=torch.cat(crops).to(torch.uint8) if crops else labels.new_zeros(0, dtype=torch.uint8),
+        mask_offset=torch.where(areas > 0, ends - areas, 0),
+        mask_extent=extents,
+    )
+
+
+def mask_to_dense(targets: Targets, b: int, height: int, width: int) -> Tensor:
+    """Unpack the masks of image `b`: uint8 `[n, height, width]` with n = `targets.count[b]`."""
+    count = int(targets.count[b])
+    dense = targets.mask_pool.new_zeros((count, height, width))
+    for g, (x0, y0, x1, y1) in enumerate(targets.mask_extent[b, :count].tolist()):
+        start, area = int(targets.mask_offset[b, g]), (y1 - y0) * (x1 - x0)
+        dense[g, y0:y1, x0:x1] = targets.mask_pool[start : start + area].view(y1 - y0, x1 - x0)
+    return dense
+
+
+def _keep(target: dict, max_objects: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes, labels, masks and mask extents of the first max_objects objects that have pixels."""
+    boxes, labels, masks = (target[key].as_subclass(Tensor) for key in ("boxes", "labels", "masks"))
+    extents = _extents(masks)
+    keep = (extents[:, 2] > extents[:, 0]).nonzero().flatten()[:max_objects]
+    if len(keep) == len(labels):  # nothing to drop: spare a copy of the masks, by far the largest tensor
+        return boxes, labels, masks, extents
+    return boxes[keep], labels[keep], masks[keep], extents[keep]
+
+
+def _extents(masks: Tensor) -> Tensor:
+    """Tight int32 `[n, 4]` xyxy extents, ends exclusive, of masks `[n, H, W]`; zeros for an empty mask."""
+    if masks.shape[0] == 0:
+        return torch.zeros((0, 4), dtype=torch.int32, device=masks.device)
+    spans = []
+    for occupied in (masks.any(dim=1), masks.any(dim=2)):  # [n, W] columns, [n, H] rows
+        occupied = occupied.to(torch.int32)
+        first, last = occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)
+        spans.append(torch.stack([first, last]) * occupied.any(1))
+    (x0, x1), (y0, y1) = spans
+    return torch.stack([x0, y0, x1, y1], dim=1).to(torch.int32)

@@ -1,0 +1,74 @@
+"""Box arithmetic in fp32: anchors of a pyramid, deltas between boxes, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = math.log(1000.0 / 16)  # a box grows at most 62.5-fold: exp() of a bad dw or dh must not overflow
+
+
+def cell_anchors(size: int, aspect_ratios: Sequence[float]) -> Tensor:
+    """Anchors of one cell centred on 0, rounded to whole pixels as torchvision does: [ratios, 4] xyxy."""
+    root = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
+    half = torch.stack([size / root, size * root], dim=1) / 2
+    return torch.cat([-half, half], dim=1).round()
+
+
+def grid_anchors(grid_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], cells: Sequence[Tensor]) -> Tensor:
+    """Anchors of all levels, [A, 4] xyxy in pixels, ordered by (level, y, x, anchor of the cell).
+
+    `grid_sizes` are the levels' (H_l, W_l), `image_size` the padded image's (H, W), `cells` the cell anchors of each
+    level, on the device where the result is wanted.
+    """
+    levels = []
+    for (height, width), cell in zip(grid_sizes, cells, strict=True):
+        stride_y, stride_x = image_size[0] // height, image_size[1] // width
+        y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride_y
+        x = torch.arange(width, device=cell.device, dtype=torch.float32) * stride_x
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        shifts = torch.stack([x, y, x, y], dim=-1)
+        levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
+    return torch.cat(levels)
+
+
+def encode(boxes: Tensor, references: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that move `references` onto `boxes`, both [..., 4] xyxy; torchvision's BoxCoder.
+
+    A reference without width or height (an empty slot) gives zeros rather than NaN.
+    """
+    center, size = _center_size(boxes)
+    reference_center, reference_size = _center_size(references)
+    empty = (reference_size <= 0).any(-1, keepdim=True) | (size <= 0).any(-1, keepdim=True)
+    reference_size = torch.where(empty, 1.0, reference_size)
+    size = torch.where(empty, 1.0, size)
+    deltas = torch.cat([(center - reference_center) / reference_size, torch.log(size / reference_size)], dim=-1)
+    return torch.where(empty, 0.0, deltas * deltas.new_tensor(weights))
+
+
+def decode(deltas: Tensor, references: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    """Inverse of `encode`, with dw and dh limited to `MAX_LOG_SCALE`."""
+    deltas = deltas.float() / torch.tensor(weights, dtype=torch.float32, device=deltas.device)
+    center, size = _center_size(references)
+    center = deltas[..., :2] * size + center
+    half = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * size / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    size = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + 0.5 * size, size
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Clip boxes [B, ..., 4] to their image, sizes [B, 2] of (height, width)."""
+    limit = sizes.flip(-1).to(boxes.dtype).view(len(sizes), *[1] * (boxes.ndim - 2), 2)
+    return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1))
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of [B, R, d] at index [B, S]: [B, S, d]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

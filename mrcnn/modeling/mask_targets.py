@@ -1,0 +1,78 @@
+"""Mask targets: each RoI's object, cropped and resized from the mask pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..structures import Targets
+from .boxes import take
+
+CHUNK_PIXELS = 1 << 26  # memory bound: full-size masks of this many pixels are formed at a time
+
+
+@torch.no_grad()
+def mask_targets(
+    targets: Targets, boxes: Tensor, matched: Tensor, size: int, sizes: Tensor, padded_size: tuple[int, int]
+) -> Tensor:
+    """torchvision's soft mask targets (`project_masks_on_boxes`), read from the mask pool.
+
+    That is RoIAlign of the object's mask, sampling_ratio -1, aligned False. RoIAlign is separable: with weights
+    A_y [size, H] and A_x [size, W] the target is A_y @ mask @ A_x^T.
+
+    Args:
+        targets: ground truth of B images.
+        boxes: [B, S, 4] xyxy, inside the image.
+        matched: [B, S] int64, each box's object in its image.
+        size: target height and width.
+        sizes: [B, 2] height and width of each image; samples beyond its last cell are clamped to it.
+        padded_size: (H, W) of the padded images.
+
+    Returns:
+        [B, S, size, size] fp32 in [0, 1].
+    """
+    rows = boxes.flatten(0, 1)
+    lengths = sizes[:, None].expand(-1, boxes.shape[1], -1).flatten(0, 1)
+    weights_y = _axis_weights(rows[:, 1], rows[:, 3], size, lengths[:, 0], padded_size[0])
+    weights_x = _axis_weights(rows[:, 0], rows[:, 2], size, lengths[:, 1], padded_size[1])
+    offset = take(targets.mask_offset[..., None], matched).flatten()
+    extent = take(targets.mask_extent, matched).flatten(0, 1).long()
+    out = rows.new_empty(len(rows), size, size)
+    chunk = max(1, CHUNK_PIXELS // (padded_size[0] * padded_size[1]))
+    for first in range(0, len(rows), chunk):
+        part = slice(first, first + chunk)
+        mask = _full_size(targets.mask_pool, offset[part], extent[part], *padded_size)
+        out[part] = weights_y[part] @ mask @ weights_x[part].transpose(1, 2)
+    return out.view(*boxes.shape[:2], size, size)
+
+
+def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_length: int) -> Tensor:
+    """RoIAlign's interpolation weights along one axis: [K] starts, ends and lengths -> [K, bins, padded_length].
+
+    The number of samples a bin is ceil(extent / bins), so at most ceil(padded_length / bins) for a box in the image.
+    """
+    bin_size = (high - low).clamp(min=1) / bins
+    grid = bin_size.ceil()
+    sample = torch.arange(-(-padded_length // bins), device=low.device)
+    starts = low[:, None] + torch.arange(bins, device=low.device) * bin_size[:, None]
+    position = starts[:, :, None] + (sample + 0.5) * (bin_size / grid)[:, None, None]
+    length = length[:, None, None]
+    counts = (sample < grid[:, None])[:, None] & (position >= -1) & (position <= length)
+    position = torch.minimum(position.clamp(min=0), length - 1)
+    cell = torch.minimum(position.long(), (length - 2).clamp(min=0))
+    weight = counts / grid[:, None, None]
+    out = low.new_zeros(len(low), bins, padded_length)
+    out.scatter_add_(2, cell, weight * (1 - (position - cell)))
+    return out.scatter_add_(2, torch.minimum(cell + 1, length - 1), weight * (position - cell))
+
+
+def _full_size(pool: Tensor, offset: Tensor, extent: Tensor, height: int, width: int) -> Tensor:
+    """Masks [k, height, width] fp32 from their crops in the pool."""
+    if len(pool) == 0:
+        return offset.new_zeros(len(offset), height, width, dtype=torch.float32)
+    x0, y0, x1, y1 = (e[:, None, None] for e in extent.unbind(1))
+    y = torch.arange(height, device=pool.device)[None, :, None]
+    x = torch.arange(width, device=pool.device)[None, None, :]
+    inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+    index = torch.where(inside, offset[:, None, None] + (y - y0) * (x1 - x0) + (x - x0), 0)
+    return torch.where(inside, pool[index], 0).float()

@@ -1,0 +1,85 @@
+"""torchvision's contract and weights for this project's model: for people who already have a torchvision Mask R-CNN."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from ..config import Config
+from ..data.collate import targets_from_lists
+from .mask_rcnn import IMAGE_MEAN, IMAGE_STD, MaskRCNN
+
+# torchvision's parameter names (0.26 to 0.29) and ours.
+_NAMES = (
+    (r"^backbone\.body\.conv1\.", "backbone.stem.0."),
+    (r"^backbone\.body\.bn1\.", "backbone.stem.1."),
+    (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"fpn.lateral.\1."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"fpn.output.\1."),
+    (r"^rpn\.head\.conv\.0\.0\.", "rpn.conv."),
+    (r"^rpn\.head\.cls_logits\.", "rpn.objectness."),
+    (r"^rpn\.head\.bbox_pred\.", "rpn.deltas."),
+    (r"^roi_heads\.box_head\.", "box_head."),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
+    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
+)
+
+
+def from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of torchvision's `maskrcnn_resnet50_fpn` under this project's names."""
+    renamed = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in _NAMES:
+            name, found = re.subn(pattern, replacement, name)
+            if found:
+                break
+        renamed[name] = value
+    return renamed
+
+
+class TorchvisionMaskRCNN(nn.Module):
+    """`model(images, targets)` with lists, as torchvision's detection models take and return them.
+
+    Images are floats in [0, 1], [3, h, w], of any sizes; targets hold boxes [n, 4], labels [n] and masks [n, h, w].
+    Training returns the five losses under torchvision's names; evaluation a dictionary an image with boxes, labels,
+    scores and masks [n, 1, h, w] (probabilities). Resizing and padding are torchvision's own transform.
+    """
+
+    LOSSES = {  # noqa: RUF012
+        "loss_objectness": "loss_objectness",
+        "loss_rpn_box": "loss_rpn_box_reg",
+        "loss_class": "loss_classifier",
+        "loss_box": "loss_box_reg",
+        "loss_mask": "loss_mask",
+    }
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.model = MaskRCNN(config.model)
+        size = (config.data.image_size, config.data.max_size)
+        self.transform = GeneralizedRCNNTransform(*size, list(IMAGE_MEAN), list(IMAGE_STD))
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> dict | list[dict]:
+        """Losses in training mode, detections in evaluation mode.
+
+        Raises:
+            ValueError: no targets in training mode.
+        """
+        if self.training and targets is None:
+            raise ValueError("targets must be given in training mode")
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, targets = self.transform(images, targets)
+        sizes = batch.tensors.new_tensor(batch.image_sizes).long()
+        if self.training:
+            losses = self.model(batch.tensors, sizes, targets_from_lists(targets))
+            return {self.LOSSES[name]: value for name, value in losses.items()}
+        results = [
+            {"boxes": d.boxes, "labels": d.labels, "scores": d.scores, "masks": d.masks[:, None]}
+            for d in self.model(batch.tensors, sizes)
+        ]
+        return self.transform.postprocess(results, batch.image_sizes, original_sizes)
