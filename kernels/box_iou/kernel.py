@@ -87,8 +87,8 @@ def box_iou_backward_kernel(
         iou = divide(intersection, tl.where(mask, union, 1.0))
         by_intersection = by_union * (1.0 + iou)
         by_area = -by_union * iou
-        by_width = tl.where(width >= 0, by_intersection * inside_h, 0.0)
-        by_height = tl.where(height >= 0, by_intersection * inside_w, 0.0)
+        by_width = tl.where(width > 0, by_intersection * inside_h, 0.0)
+        by_height = tl.where(height > 0, by_intersection * inside_w, 0.0)
         dx1 += tl.sum(-by_width * _share(ax1, bx1, 1) - by_area * (ay2 - ay1), 1)
         dx2 += tl.sum(by_width * _share(ax2, bx2, -1) + by_area * (ay2 - ay1), 1)
         dy1 += tl.sum(-by_height * _share(ay1, by1, 1) - by_area * (ax2 - ax1), 1)

@@ -9,7 +9,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     boxes1, boxes2 = (b if b.dtype == torch.float64 else b.float() for b in (boxes1, boxes2))
     a, b = boxes1[..., :, None, :], boxes2[..., None, :, :]
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
+    width, height = torch.relu(high - low).unbind(-1)  # clamp's derivative at 0 differs between releases
     intersection = width * height
     return intersection / (_area(a) + _area(b) - intersection)
 

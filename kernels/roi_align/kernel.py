@@ -22,12 +22,13 @@ def _roi_axis(low, high, scale, BINS: tl.constexpr, SAMPLING_RATIO: tl.constexpr
     start = low * scale - OFFSET
     extent = high * scale - OFFSET - start
     if not ALIGNED:
-        extent = tl.maximum(extent, 1.0)
+        extent = tl.where(extent < 1.0, 1.0, extent)  # NaN stays NaN, and its samples lie nowhere
     bin_size = divide(extent, tl.zeros_like(extent) + BINS)
     if SAMPLING_RATIO > 0:
         grid = tl.full((), SAMPLING_RATIO, tl.int32)
     else:
-        grid = tl.ceil(bin_size).to(tl.int32)
+        INF: tl.constexpr = float("inf")
+        grid = tl.where(bin_size < INF, tl.ceil(bin_size), 0.0).to(tl.int32)  # a RoI that is not finite has no samples
     return start, bin_size, grid
 
 

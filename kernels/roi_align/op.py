@@ -47,7 +47,7 @@ def roi_align(
     """
     check_tensor(input, "input", 4)
     rois = boxes if isinstance(boxes, Tensor) else _rois_from_list(boxes)
-    return _pool([input], rois, output_size, [float(spatial_scale)], sampling_ratio, aligned, [], backend)
+    return _pool([input], rois, output_size, [float(spatial_scale)], sampling_ratio, aligned, 224, 4, backend)
 
 
 def multiscale_roi_align(
@@ -92,8 +92,9 @@ def multiscale_roi_align(
     scales = [float(s) for s in scales]
     if any(b >= a for a, b in pairwise(scales)):
         raise ValueError(f"scales must decrease from level to level, got {scales}")
-    thresholds = reference.level_thresholds(scales, canonical_scale, canonical_level)
-    return _pool(list(features), rois, output_size, scales, sampling_ratio, aligned, thresholds, backend)
+    return _pool(
+        list(features), rois, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level, backend
+    )
 
 
 def _pool(
@@ -103,7 +104,8 @@ def _pool(
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: list[float],
+    canonical_scale: int,
+    canonical_level: int,
     backend: str,
 ) -> Tensor:
     """What both public ops do once their features and scales are lists."""
@@ -121,11 +123,12 @@ def _pool(
     backend = choose_backend(
         _deterministic(backend, features), rois, on_cpu="torch" if dtype == torch.bfloat16 else "torchvision"
     )
+    options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     if backend == "triton":
-        return _forward(features, rois, *size, scales, sampling_ratio, aligned, thresholds)
+        return _forward(features, rois, *size, *options)
     if backend == "torchvision":
-        return _torchvision(features, rois, size, scales, sampling_ratio, aligned, thresholds)
-    return reference.multiscale_roi_align(features, rois, size, scales, sampling_ratio, aligned, thresholds)
+        return _torchvision(features, rois, size, *options)
+    return reference.multiscale_roi_align(features, rois, size, *options)
 
 
 def _deterministic(backend: str, features: list[Tensor]) -> str:
@@ -149,15 +152,16 @@ def _torchvision(
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: list[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> Tensor:
     """torchvision's op on each level in turn, as its MultiScaleRoIAlign does."""
     from torchvision.ops import roi_align as op
 
+    levels = reference.assign_levels(rois, reference.level_thresholds(scales, canonical_scale, canonical_level))
     rois = rois.to(features[0].dtype)  # torchvision wants one dtype
     if len(features) == 1:
         return op(features[0], rois, size, scales[0], sampling_ratio, aligned)
-    levels = reference.assign_levels(rois, thresholds)
     pooled = [
         op(f, rois[levels == i], size, s, sampling_ratio, aligned)
         for i, (f, s) in enumerate(zip(features, scales, strict=True))
@@ -175,12 +179,13 @@ def _constants(
     scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> dict:
     """The compile-time constants that forward and backward share, for an output [K, C, ph, pw]."""
     return {
         "SCALES": tuple(scales),
-        "THRESHOLDS": tuple(thresholds),
+        "THRESHOLDS": tuple(reference.level_thresholds(scales, canonical_scale, canonical_level)),
         "LEVELS": len(scales),
         "POOLED_H": shape[2],
         "POOLED_W": shape[3],
@@ -218,14 +223,17 @@ def _forward(
     scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> Tensor:
     from .kernel import roi_align_forward_kernel
 
     channels_last = _is_channels_last(features)
     features = [f.contiguous(memory_format=_layout(channels_last)) for f in features]
-    out = _forward_fake(features, rois, pooled_height, pooled_width, scales, sampling_ratio, aligned, thresholds)
-    constants = _constants(out.shape, channels_last, scales, sampling_ratio, aligned, thresholds)
+    out = _forward_fake(
+        features, rois, pooled_height, pooled_width, scales, sampling_ratio, aligned, canonical_scale, canonical_level
+    )
+    constants = _constants(out.shape, channels_last, scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     launch(
         roi_align_forward_kernel,
         _grid(out.shape, constants),
@@ -250,7 +258,8 @@ def _forward_fake(
     scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> Tensor:
     shape = (rois.shape[0], features[0].shape[1], pooled_height, pooled_width)
     layout = _layout(_is_channels_last(features))
@@ -267,14 +276,17 @@ def _backward(
     scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> list[Tensor]:
     """Gradients of the L feature maps; `sizes` is (H_0, W_0, H_1, W_1, ...): the maps themselves are not kept."""
     from .kernel import roi_align_backward_kernel
 
     # Half-precision atomics would round every addition: sum in fp32, cast once.
     sums = [torch.zeros_like(g, dtype=rois.dtype) for g in _empty_gradients(grad_out, batch_size, sizes, channels_last)]
-    constants = _constants(grad_out.shape, channels_last, scales, sampling_ratio, aligned, thresholds)
+    constants = _constants(
+        grad_out.shape, channels_last, scales, sampling_ratio, aligned, canonical_scale, canonical_level
+    )
     launch(
         roi_align_backward_kernel,
         _grid(grad_out.shape, constants),
@@ -307,7 +319,8 @@ def _(
     scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> list[Tensor]:
     return _empty_gradients(grad_out, batch_size, sizes, channels_last)
 
@@ -323,7 +336,7 @@ def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
 def _autograd(ctx, grad_out: Tensor) -> tuple:  # noqa: ANN001
     (rois,) = ctx.saved_tensors
     grads = _backward(grad_out, rois, ctx.batch_size, ctx.sizes, ctx.channels_last, *ctx.options)
-    return grads, *[None] * 7
+    return grads, *[None] * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -33,7 +33,8 @@ def multiscale_roi_align(
     scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
-    thresholds: Sequence[float],
+    canonical_scale: int,
+    canonical_level: int,
 ) -> Tensor:
     """RoIAlign of `rois` [K, 5] on `features` ([B, C, H_l, W_l] each): [K, C, ph, pw] in the features' dtype.
 
@@ -41,7 +42,7 @@ def multiscale_roi_align(
     """
     rois = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
     table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features])
-    levels = assign_levels(rois, thresholds)
+    levels = assign_levels(rois, level_thresholds(scales, canonical_scale, canonical_level))
 
     def per_level(values: Sequence[float], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device)[levels][:, None]
@@ -79,9 +80,12 @@ def _axis_samples(
     offset = 0.5 if aligned else 0.0
     extent = high - low
     if not aligned:
-        extent = extent.clamp(min=1)
+        extent = extent.clamp(min=1)  # NaN stays NaN
     bin_size = extent / bins
-    grid = torch.full_like(bin_size, sampling_ratio) if sampling_ratio > 0 else bin_size.ceil()
+    if sampling_ratio > 0:
+        grid = torch.full_like(bin_size, sampling_ratio)
+    else:
+        grid = torch.where(bin_size.isfinite(), bin_size.ceil(), 0)
     starts = (low - offset) + torch.arange(bins, device=low.device, dtype=low.dtype) * bin_size
     return (starts, bin_size), grid
 

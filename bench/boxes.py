@@ -1,0 +1,72 @@
+"""Random boxes that look like a detector's: objects of all sizes, proposals crowding around them, anchors.
+
+A benchmark with one box size, or with boxes spread evenly, flatters kernels: real RoIs overlap, so they share
+cells (cache hits forward, colliding atomics backward), and their sizes span every pyramid level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SMALLEST, LARGEST = 16.0, 640.0  # pixels, square root of the area
+
+
+def _place(center: Tensor, size: Tensor, aspect: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """[N, 4] xyxy boxes near `center`, of that sqrt-area and width / height ratio, strictly inside the image."""
+    extent = _extent(image_size)
+    wh = torch.minimum(torch.stack([size * aspect.sqrt(), size / aspect.sqrt()], dim=1), 0.97 * extent)
+    # Boxes that stick out are reflected, not clipped: clipping puts many edges on exactly 0 or W, and where the
+    # edges of two boxes tie, a max has no single gradient and two correct implementations may differ.
+    legal = extent - wh
+    position = (center - wh / 2) / legal
+    corner = legal * (1 - (1 - position % 2).abs())
+    return torch.cat([corner, corner + wh], dim=1)
+
+
+def _extent(image_size: tuple[int, int]) -> Tensor:
+    return torch.tensor([image_size[1], image_size[0]], dtype=torch.float32)
+
+
+def _log_uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.exp(torch.empty(count).uniform_(math.log(low), math.log(high), generator=generator))
+
+
+def random_objects(count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy ground-truth boxes: sqrt-area log-uniform in 16..640 px, aspect ratio in 1/2..2."""
+    size = _log_uniform(count, SMALLEST, LARGEST, generator)
+    aspect = _log_uniform(count, 0.5, 2.0, generator)
+    center = torch.rand(count, 2, generator=generator) * _extent(image_size)
+    return _place(center, size, aspect, image_size)
+
+
+def random_proposals(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy: three quarters jittered copies of the objects, one quarter anywhere at any size."""
+    near = count - count // 4
+    parent = objects[torch.randint(len(objects), (near,), generator=generator)]
+    wh = parent[:, 2:] - parent[:, :2]
+    center = (parent[:, :2] + parent[:, 2:]) / 2 + 0.15 * wh * torch.randn(near, 2, generator=generator)
+    size = wh.prod(1).sqrt() * torch.exp(0.25 * torch.randn(near, generator=generator))
+    aspect = wh[:, 0] / wh[:, 1] * torch.exp(0.15 * torch.randn(near, generator=generator))
+    clustered = _place(center, size.clamp(SMALLEST, LARGEST), aspect, image_size)
+    scattered = random_objects(count - near, image_size, generator)
+    boxes = torch.cat([clustered, scattered])
+    return boxes[torch.randperm(count, generator=generator)]
+
+
+def grid_anchors(image_size: tuple[int, int], strides: Sequence[int] = (4, 8, 16, 32, 64)) -> Tensor:
+    """[A, 4] xyxy anchors, one size (8 strides) and three ratios a cell, rounded as torchvision does."""
+    levels = []
+    for stride in strides:
+        ratio = torch.tensor([0.5, 1.0, 2.0]).sqrt()
+        half = torch.stack([8 * stride / ratio, 8 * stride * ratio], dim=1) / 2
+        base = torch.cat([-half, half], dim=1).round()
+        rows = torch.arange(math.ceil(image_size[0] / stride)) * stride
+        cols = torch.arange(math.ceil(image_size[1] / stride)) * stride
+        y, x = torch.meshgrid(rows, cols, indexing="ij")
+        shift = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
+        levels.append((shift + base).reshape(-1, 4))
+    return torch.cat(levels).float()

@@ -1,0 +1,62 @@
+"""What a result has to carry so that it can be read a year later: hardware, driver, versions, settings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench.timing import CPU_THREADS
+
+
+def describe_environment() -> dict[str, object]:
+    """GPU, driver, package versions and TRITON_* settings, as plain JSON values."""
+    return {
+        "gpu": _gpu(),
+        "driver": _nvidia_smi("driver_version"),
+        "sm_clock_max": _nvidia_smi("clocks.max.sm"),
+        "versions": {"torch": torch.__version__, **{name: _version(name) for name in ("torchvision", "triton")}},
+        "cuda": torch.version.cuda,
+        "cpu_threads": CPU_THREADS,
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")},
+    }
+
+
+def has_uncommitted_files() -> bool:
+    """Whether git knows of changed or new files; False outside a checkout."""
+    if shutil.which("git") is None:
+        return False
+    command = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return bool(done.stdout.strip())
+
+
+def _gpu() -> dict[str, object] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "sm_count": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _nvidia_smi(field: str) -> str | None:
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
