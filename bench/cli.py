@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,28 @@ def report(
         _fail(f"{output} cannot be written: {error.strerror}.")
     for path in written[:2]:
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it writes.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Train on synthetic shapes, compare the Triton kernels with the reference, draw, measure, report.
+
+    Exit status 1 where the model did not learn or the kernels do not follow the reference.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which `bench.demo` does
+    from rich.console import Console
+
+    from bench.demo import run_demo
+
+    if not run_demo(output, Console()):
+        raise typer.Exit(1)
 
 
 def _fail(message: str) -> None:

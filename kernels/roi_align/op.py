@@ -36,10 +36,10 @@ def roi_align(
         backend: see `BACKENDS`. On a CPU "auto" is torchvision, or PyTorch for bf16, which torchvision lacks.
 
     Returns:
-        [K, C, height, width] in the input's dtype, channels_last where the input is. Coordinates and sums are fp32
-        (fp64 for fp64). No gradient flows to the boxes; there is no second derivative. The Triton backward
-        adds with atomics: on a GPU its sums can differ in the last bit from run to run, so under
-        `torch.use_deterministic_algorithms(True)` "auto" takes the PyTorch reference there.
+        [K, C, height, width] in the input's dtype, channels_last where the input is (torchvision's backend always
+        returns contiguous results). Coordinates and sums are fp32 (fp64 for fp64). No gradient flows to the boxes; there
+        is no second derivative. The Triton backward adds with atomics: on a GPU its sums can differ in the last bit from
+        run to run, so under `torch.use_deterministic_algorithms(True)` "auto" takes the PyTorch reference there.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
@@ -128,7 +128,9 @@ def _pool(
         return _forward(features, rois, *size, *options)
     if backend == "torchvision":
         return _torchvision(features, rois, size, *options)
-    return reference.multiscale_roi_align(features, rois, size, *options)
+    out = reference.multiscale_roi_align(features, rois, size, *options)
+    # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
+    return out.contiguous(memory_format=_layout(_is_channels_last(features)))
 
 
 def _deterministic(backend: str, features: list[Tensor]) -> str:

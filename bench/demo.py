@@ -1,0 +1,164 @@
+"""The whole project in one command: train, compare with the reference ops, draw, measure, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mrcnn.checkpoint import Checkpoint
+from mrcnn.config import CONFIGS, Config
+from mrcnn.data.augment import build_transform
+from mrcnn.data.collate import Collate
+from mrcnn.data.shapes import ShapesDataset
+from mrcnn.evaluation import format_table
+from mrcnn.inference import detect, evaluate
+from mrcnn.train import train
+from mrcnn.visualize import draw_detections, draw_sheet
+
+from .follow import TOLERANCE, follow, following_table
+from .plots import format_seconds
+from .report import write_report
+from .results import load_results
+
+MIN_MASK_AP50 = 0.5
+FOLLOW_STEPS = 20
+SHEET_IMAGES = 6
+SHEET_SCORE = 0.5
+
+
+def demo_config(on_gpu: bool) -> Config:
+    """`tiny` on a CPU; on a GPU the full ResNet-50 model at 512 pixels, with the recipe of `tiny`."""
+    tiny = CONFIGS["tiny"]
+    if not on_gpu:
+        return dataclasses.replace(tiny, train=dataclasses.replace(tiny.train, steps=300, log_every=25))
+    full = CONFIGS["torchvision"]
+    return Config(
+        name="demo",
+        model=dataclasses.replace(full.model, norm="gn", canonical_scale=224),
+        data=dataclasses.replace(full.data, image_size=512, max_size=512),
+        train=dataclasses.replace(tiny.train, steps=400, batch_size=16, lr=2e-4, workers=8, log_every=25),
+    )
+
+
+def run_demo(output: Path, console: Console) -> bool:
+    """Run every part, writing to `output`; False where a part did not reach what it has to."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    config = demo_config(on_gpu)
+    size = config.data.image_size
+    held_out = ShapesDataset(64, size, seed=1_000_000)
+
+    console.rule(f"1. training {config.name} on synthetic shapes, {size} x {size}, on {_device_name(device)}")
+    checkpoint = _train(config, size, output, device, console)
+    results = evaluate(checkpoint.model, held_out, checkpoint.config)
+    console.print(format_table(results))
+    learned = results["segm"]["AP50"] >= MIN_MASK_AP50
+    console.print(_verdict(learned, f"held-out mask AP50 {results['segm']['AP50']:.3f}, wanted {MIN_MASK_AP50}"))
+
+    console.rule(
+        "2. the Triton kernels" + ("" if on_gpu else ", in Triton's interpreter,") + " beside the reference ops"
+    )
+    followed = _follow(checkpoint, size, device, console)
+
+    console.rule("3. ground truth beside prediction")
+    sheet = output / "sheet.png"
+    _draw(checkpoint, held_out, sheet)
+    console.print(f"wrote {sheet}")
+
+    console.rule("4. measuring the ops")
+    _measure(output, console)
+    return learned and followed
+
+
+def _train(config: Config, size: int, output: Path, device: torch.device, console: Console) -> Checkpoint:
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        if "loss" in metrics:
+            parts = "  ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in metrics.items() if k.startswith("loss_"))
+            console.print(f"step {step:4d}  loss {metrics['loss']:.3f}  ({parts})  {metrics['seconds']:.0f} s")
+
+    dataset = ShapesDataset(config.train.steps * config.train.batch_size, size, seed=0)
+    return train(dataset, config, output, device, on_step=on_step)
+
+
+def _follow(checkpoint: Checkpoint, size: int, device: torch.device, console: Console) -> bool:
+    """Twenty steps from the trained weights, on two images of few RoIs: the interpreter is slow."""
+    model = checkpoint.model
+    full, few = model.config, {} if device.type == "cuda" else {"roi_samples": 12, "post_nms_top_n": (50, 50)}
+    # A low canonical scale spreads the shapes over three levels of the pyramid.
+    model.config = dataclasses.replace(full, canonical_scale=size // 3, **few)
+    dataset = ShapesDataset(2 * FOLLOW_STEPS, size, seed=7)
+    collate = Collate(dataset.max_objects)
+    batches = [collate([dataset[i], dataset[i + 1]]).to(device) for i in range(0, len(dataset), 2)]
+    steps = iter(track(range(FOLLOW_STEPS), "steps", console=console))
+    seen = follow(model, batches, lr=1e-3, on_step=lambda _: next(steps, None))
+    model.config = full
+    console.print(following_table(seen, FOLLOW_STEPS))
+    losses = ", ".join(f"{ours:.6f} / {reference:.6f}" for ours, reference in (seen.losses[0], seen.losses[-1]))
+    console.print(f"loss, Triton / reference, first and last step: {losses}")
+    console.print(f"smallest gradient norm of the feature pyramid: {seen.smallest_gradient:.3g}")
+    text = f"largest relative difference: losses {seen.loss_error:.1e}, gradients {seen.gradient_error:.1e}"
+    console.print(_verdict(seen.ok, f"{text}, allowed {TOLERANCE:.0e}"))
+    return seen.ok
+
+
+def _draw(checkpoint: Checkpoint, dataset: ShapesDataset, path: Path) -> None:
+    """The first held-out images with their objects and with what the model finds."""
+    data, names = checkpoint.config.data, checkpoint.class_names
+    resize = build_transform(False, data.image_size, data.max_size)
+    dataset.transform = None
+    samples = [dataset[i] for i in range(SHEET_IMAGES)]
+    batch = Collate(dataset.max_objects)([resize(image, target) for image, target in samples])
+    rows = []
+    for (image, target), (_, found) in zip(samples, detect(checkpoint.model, batch), strict=True):
+        shown = {name: value[found["scores"] > SHEET_SCORE] for name, value in found.items()}
+        truth = draw_detections(image, target["boxes"], target["labels"], None, target["masks"].bool(), names)
+        rows.append((truth, draw_detections(image, **shown, class_names=names)))
+    draw_sheet(rows, path)
+
+
+def _measure(output: Path, console: Console) -> None:
+    """Run the pytest-benchmark suite in a process of its own (there the kernels are compiled) and report."""
+    results = output / "benchmark.json"
+    suite = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", str(suite), "--benchmark-only", f"--benchmark-json={results}", "-q"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with console.status("pytest bench --benchmark-only"):
+        done = subprocess.run(command, cwd=suite.parent, env=environment, capture_output=True, text=True)
+    console.print(done.stdout.strip().splitlines()[-1])
+    if not results.is_file():
+        raise RuntimeError(f"the benchmark suite wrote no results:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    for path in write_report(results, output / "report")[:2]:
+        console.print(f"wrote {path}")
+    console.print(speedup_table(load_results(results)))
+
+
+def speedup_table(results: pd.DataFrame) -> Table | str:
+    """Each op's Triton time against torchvision's, in the same workload and dtype; the report has all baselines."""
+    key = ["op", "direction", "workload", "dtype"]
+    fastest = results.groupby([*key, "provider"])["median"].min().unstack("provider")
+    if "triton" not in fastest or "torchvision" not in fastest:
+        return "No GPU: the Triton kernels were checked, not timed. Run the demo on a GPU for the speed-ups."
+    table = Table(title="Triton against torchvision")
+    for column in (*key, "Triton", "torchvision", "speed-up"):
+        table.add_column(column)
+    for names, row in fastest.dropna(subset=["triton", "torchvision"]).iterrows():
+        times = [format_seconds(row["triton"]), format_seconds(row["torchvision"])]
+        table.add_row(*names, *times, f"{row['torchvision'] / row['triton']:.2f} x")
+    return table
+
+
+def _verdict(ok: bool, text: str) -> str:
+    return f"[green]ok[/green]    {text}" if ok else f"[red]FAILED[/red] {text}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU ({torch.get_num_threads()} threads)"

@@ -1,0 +1,149 @@
+"""Training with the Triton kernels beside training with the reference ops, from one state, step by step."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from kernels import launch_counts, use_backend
+from kernels.roi_align.reference import assign_levels, level_thresholds
+from mrcnn.modeling import MaskRCNN, roi_heads
+from mrcnn.structures import Batch
+
+TOLERANCE = 1e-4
+KERNELS = {
+    "multiscale_roi_align": ("roi_align_forward_kernel", "roi_align_backward_kernel"),
+    "box_iou": ("box_iou_kernel",),
+    "label_anchors": ("best_iou_of_gt_kernel", "label_anchors_kernel"),
+    "mask_bce_loss": ("mask_bce_forward_kernel", "mask_bce_backward_kernel"),
+}
+"""The kernels that a training step launches. Boxes need no gradient in training, so box_iou's backward is not
+among them; roi_align is multiscale_roi_align with one level and launches the same kernels."""
+
+
+@dataclass
+class Following:
+    """What was seen over the steps."""
+
+    launches: Counter = field(default_factory=Counter)
+    losses: list[tuple[float, float]] = field(default_factory=list)  # total loss: Triton's, the reference's
+    loss_error: float = 0.0  # largest relative difference of a loss
+    gradient_error: float = 0.0  # largest |difference| / |gradient|, norms over all parameters
+    smallest_gradient: float = float("inf")  # smallest norm of the gradient that reached the pyramid
+    rois: list[int] = field(default_factory=list)  # RoIs pooled, a call
+    levels: list[int] = field(default_factory=list)  # pyramid levels they were on, a call
+    anchors: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether losses and gradients agree and every kernel did real work."""
+        return (
+            max(self.loss_error, self.gradient_error) <= TOLERANCE
+            and self.smallest_gradient > 0
+            and all(self.launches[k] for kernels in KERNELS.values() for k in kernels)
+            and max(self.rois) >= 8
+            and max(self.levels) >= 3
+            and self.anchors >= 1000
+        )
+
+
+def follow(
+    model: MaskRCNN, batches: list[Batch], lr: float, on_step: Callable[[int], None] = lambda step: None
+) -> Following:
+    """Train two copies of `model` on `batches`, one with the Triton kernels and one with the reference ops.
+
+    Each copy takes its own SGD steps; nothing is copied between them after the start. Both draw the same random
+    numbers. Weights and features are fp64: in fp32 a rounding error of 1e-7 puts a few of a million ReLUs on the
+    other side of zero, and that alone moves the gradient by 1e-3, whichever op it came from.
+    """
+    seen = Following(anchors=_number_of_anchors(model, batches[0]))
+    ours, reference = _in_double(model), _in_double(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr) for m in (ours, reference)]
+    for step, batch in enumerate(batches, 1):
+        launch_counts.clear()
+        with use_backend("triton"), _watch_pooling(seen):
+            ours_losses = _backward(ours, batch, seed=step)
+        seen.launches += launch_counts
+        with use_backend("torch"):
+            reference_losses = _backward(reference, batch, seed=step)
+        _compare(seen, ours, reference, ours_losses, reference_losses)
+        for optimizer in optimizers:
+            optimizer.step()
+        on_step(step)
+    return seen
+
+
+def _in_double(model: MaskRCNN) -> MaskRCNN:
+    """A copy with fp64 weights; anchors and boxes stay fp32."""
+    model = copy.deepcopy(model).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    return model
+
+
+def _backward(model: MaskRCNN, batch: Batch, seed: int) -> dict[str, float]:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    losses = model(model.normalize(batch.images, batch.sizes).double(), batch.sizes, batch.targets)
+    sum(losses.values()).backward()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def _compare(seen: Following, ours: MaskRCNN, reference: MaskRCNN, ours_losses: dict, reference_losses: dict) -> None:
+    seen.losses.append((sum(ours_losses.values()), sum(reference_losses.values())))
+    for name, loss in reference_losses.items():
+        seen.loss_error = max(seen.loss_error, abs(ours_losses[name] - loss) / max(abs(loss), 1e-3))
+    ours_grad, reference_grad = _gradient(ours), _gradient(reference)
+    error = (ours_grad - reference_grad).norm() / reference_grad.norm()
+    seen.gradient_error = max(seen.gradient_error, error.item())
+    seen.smallest_gradient = min(seen.smallest_gradient, _gradient(ours.fpn).norm().item())
+
+
+def _gradient(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def _number_of_anchors(model: MaskRCNN, batch: Batch) -> int:
+    with torch.no_grad():
+        features = model.fpn(model.backbone(model.normalize(batch.images, batch.sizes)))
+        return len(model.anchors(features, batch.images)[0])
+
+
+@contextmanager
+def _watch_pooling(seen: Following) -> Iterator[None]:
+    """Note how many RoIs are pooled, and from how many levels."""
+    pool = roi_heads.multiscale_roi_align
+
+    def watched(features, rois, size, scales, ratio, canonical_scale):  # noqa: ANN001
+        levels = assign_levels(rois, level_thresholds(scales, canonical_scale, 4))
+        seen.rois.append(len(rois))
+        seen.levels.append(len(levels.unique()))
+        return pool(features, rois, size, scales, ratio, canonical_scale=canonical_scale)
+
+    roi_heads.multiscale_roi_align = watched
+    try:
+        yield
+    finally:
+        roi_heads.multiscale_roi_align = pool
+
+
+def following_table(seen: Following, steps: int) -> Table:
+    """Every op's launches and what it worked on."""
+    work = {
+        "multiscale_roi_align": f"{min(seen.rois)} to {max(seen.rois)} RoIs a call, on up to {max(seen.levels)} levels",
+        "label_anchors": f"{seen.anchors} anchors an image",
+    }
+    table = Table(title=f"{steps} training steps with the Triton kernels beside the reference")
+    for column in ("op", "kernel", "launches", "worked on"):
+        table.add_column(column, justify="right" if column == "launches" else "left")
+    for op, kernels in KERNELS.items():
+        for kernel in kernels:
+            table.add_row(op, kernel, str(seen.launches[kernel]), work.get(op, ""))
+    return table

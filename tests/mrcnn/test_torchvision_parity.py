@@ -1,0 +1,169 @@
+"""The same weights in torchvision's Mask R-CNN and in ours: same detections, losses and gradients.
+
+The weights are random but scaled so that nothing is vacuous: many detections of many classes, masks that are neither
+empty nor full, every loss at work. Each of these is asserted.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from mrcnn.config import CONFIGS
+from mrcnn.modeling import mask_rcnn, rpn
+from mrcnn.modeling.torchvision_model import TorchvisionMaskRCNN, from_torchvision
+
+MIN_SIZE, MAX_SIZE = 224, 320  # small enough for a CPU; everything else is torchvision's default
+CLASSES = 91
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_precision():
+    """Both models compute their convolutions in fp32 on a GPU too."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def scaled(model: MaskRCNN) -> MaskRCNN:
+    """Random weights whose outputs are of the size that trained ones have."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("bn3.weight"):
+                buffer.fill_(0.3)  # or activations double with every residual block
+        model.rpn.head.cls_logits.weight.mul_(10)
+        model.rpn.head.bbox_pred.weight.mul_(5)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(24)
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(3)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5
+    )
+    theirs = scaled(MaskRCNN(backbone, CLASSES, min_size=MIN_SIZE, max_size=MAX_SIZE))
+    config = CONFIGS["torchvision"]
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, norm="frozen_bn", num_classes=CLASSES),
+        data=dataclasses.replace(config.data, image_size=MIN_SIZE, max_size=MAX_SIZE),
+    )
+    ours = TorchvisionMaskRCNN(config)
+    ours.model.load_state_dict(from_torchvision(theirs.state_dict()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return theirs.to(device), ours.to(device)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Two images of different sizes and orientations, smooth enough to have structure."""
+    generator = torch.Generator().manual_seed(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    coarse = [torch.rand(1, 3, *size, generator=generator) for size in ((12, 16), (18, 11))]
+    return [
+        torch.nn.functional.interpolate(c, scale_factor=17, mode="bicubic")[0].clamp(0, 1).to(device) for c in coarse
+    ]
+
+
+def objects(images) -> list[dict]:
+    """Twelve boxes an image, elliptic masks, of many classes."""
+    generator = torch.Generator().manual_seed(2)
+    targets = []
+    for image in images:
+        height, width = image.shape[-2:]
+        size = torch.exp(torch.rand(12, 2, generator=generator) * 1.8 + 2.8)
+        corner = torch.rand(12, 2, generator=generator) * (torch.tensor([width, height]) - size).clamp(min=0)
+        boxes = torch.cat([corner, corner + size], dim=1)
+        y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+        center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+        dx, dy = (
+            ((x - center[:, None, None, 0]) / half[:, None, None, 0]),
+            ((y - center[:, None, None, 1]) / half[:, None, None, 1]),
+        )
+        masks = (dx**2 + dy**2 <= 1).to(torch.uint8)
+        labels = torch.randint(1, CLASSES, (12,), generator=generator)
+        targets.append({k: v.to(image.device) for k, v in (("boxes", boxes), ("labels", labels), ("masks", masks))})
+    return targets
+
+
+def test_same_detections(models, images):
+    theirs, ours = (m.eval() for m in models)
+    with torch.no_grad():
+        expected, found = theirs(images), ours(images)
+    labels = torch.cat([e["labels"] for e in expected])
+    boxes = torch.cat([e["boxes"] for e in expected])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    assert len(labels) >= 50 and len(labels.unique()) >= 5 and areas.median() > 100
+    for e, f in zip(expected, found, strict=True):
+        assert torch.equal(e["labels"], f["labels"])
+        torch.testing.assert_close(f["scores"], e["scores"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(f["boxes"], e["boxes"], rtol=1e-4, atol=1e-2)
+        assert ((e["masks"] > 0.5) == (f["masks"] > 0.5)).float().mean() > 0.9999
+        inside = torch.cat(
+            [
+                m[0, int(y1) : int(y2) + 1, int(x1) : int(x2) + 1].flatten()
+                for m, (x1, y1, x2, y2) in zip(e["masks"], e["boxes"].tolist(), strict=True)
+            ]
+        )
+        assert 0.05 < (inside > 0.5).float().mean() < 0.95
+
+
+def test_same_losses_and_gradients(models, images, monkeypatch):
+    theirs, ours = (m.train() for m in models)
+    targets = objects(images)
+    drawn = {}
+
+    def record(name, function):
+        def wrapper(*args):
+            drawn[name] = function(*args)
+            return drawn[name]
+
+        return wrapper
+
+    monkeypatch.setattr(rpn, "sample", record("anchors", rpn.sample))
+    monkeypatch.setattr(mask_rcnn, "sample_rois", record("rois", mask_rcnn.sample_rois))
+    found = ours(images, targets)
+    sum(found.values()).backward()
+
+    index, taken, positive = drawn["anchors"]
+    rois = drawn["rois"]
+    assert (rois.labels > 0).sum() >= 20
+
+    def same_anchors(labels):
+        masks = torch.zeros(2, len(index), len(labels[0]), dtype=torch.bool, device=index.device)
+        for i, label in enumerate(labels):
+            masks[0, i, index[i, positive[i]]] = True
+            masks[1, i, index[i, taken[i] & ~positive[i]]] = True
+            assert (label[masks[0, i]] == 1).all() and (label[masks[1, i]] == 0).all()  # torchvision labels them so too
+        return list(masks[0]), list(masks[1])
+
+    def same_rois(proposals, targets):
+        boxes = [rois.boxes[i, rois.labels[i] >= 0] for i in range(2)]
+        gt_boxes, gt_labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
+        matched, labels = theirs.roi_heads.assign_targets_to_proposals(boxes, gt_boxes, gt_labels)
+        for i in range(2):  # torchvision's own matching of our RoIs
+            assert torch.equal(labels[i], rois.labels[i, rois.labels[i] >= 0])
+        wanted = theirs.roi_heads.box_coder.encode([g[m] for g, m in zip(gt_boxes, matched, strict=True)], boxes)
+        return boxes, matched, labels, wanted
+
+    monkeypatch.setattr(theirs.rpn, "fg_bg_sampler", same_anchors)
+    monkeypatch.setattr(theirs.roi_heads, "select_training_samples", same_rois)
+    expected = theirs(images, targets)
+    sum(expected.values()).backward()
+
+    assert found.keys() == expected.keys()
+    for name, loss in expected.items():
+        assert loss > 0.01, name
+        torch.testing.assert_close(found[name], loss, rtol=1e-5, atol=0)
+    tolerance = 1e-4 if index.is_cuda else 1e-5  # cuDNN may choose algorithms that sum in another order
+    theirs_grads = from_torchvision({n: p.grad for n, p in theirs.named_parameters()})
+    for name, parameter in ours.model.named_parameters():
+        other = theirs_grads[name]
+        assert other.norm() > 0, name
+        assert (parameter.grad - other).norm() <= tolerance * other.norm(), name
