@@ -27,7 +27,7 @@ from mrcnn.visualize import draw_detections, draw_sheet
 from .follow import TOLERANCE, follow, following_table
 from .plots import format_seconds
 from .report import write_report
-from .results import load_results
+from .results import read_results
 
 MIN_MASK_AP50 = 0.5
 FOLLOW_STEPS = 20
@@ -133,12 +133,13 @@ def _measure(output: Path, console: Console) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with console.status("pytest bench --benchmark-only"):
         done = subprocess.run(command, cwd=suite.parent, env=environment, capture_output=True, text=True)
-    console.print(done.stdout.strip().splitlines()[-1])
     if not results.is_file():
         raise RuntimeError(f"the benchmark suite wrote no results:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    measured = read_results(results)
+    console.print(f"{len(measured.table)} rows measured, {len(measured.gaps)} not; the report says why")
     for path in write_report(results, output / "report")[:2]:
         console.print(f"wrote {path}")
-    console.print(speedup_table(load_results(results)))
+    console.print(speedup_table(measured.table))
 
 
 def speedup_table(results: pd.DataFrame) -> Table | str:

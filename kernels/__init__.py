@@ -7,7 +7,7 @@ relative imports only, so a project can copy it under another name. Every op tak
 `backend="auto" | "triton" | "torch" | "torchvision"`; see `backend.py`.
 """
 
-from .backend import BACKENDS, use_backend
+from .backend import BACKENDS, choose_backend, use_backend
 from .box_iou import box_iou
 from .label_anchors import label_anchors
 from .mask_bce_loss import mask_bce_loss
@@ -19,6 +19,7 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "box_iou",
+    "choose_backend",
     "label_anchors",
     "launch_counts",
     "mask_bce_loss",

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from kernels import use_backend
+from kernels import choose_backend, use_backend
 
 from .checkpoint import load_checkpoint
 from .config import Config, load_config
@@ -106,7 +106,7 @@ def train(
                 box, mask = metrics["bbox_AP50"], metrics["segm_AP50"]
                 bar.console.print(f"step {step}: box AP50 {box:.3f}, mask AP50 {mask:.3f}")
 
-        train_model(training, resolved, output, _device(device), validation, on_step)
+        train_model(training, resolved, output, _device(device, ops), validation, on_step)
     console.print(f"wrote {output / 'checkpoint.pt'}, config.json and metrics.jsonl")
 
 
@@ -123,7 +123,7 @@ def evaluate(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Print COCO box and mask AP."""
-    loaded = load_checkpoint(checkpoint, _device(device))
+    loaded = load_checkpoint(checkpoint, _device(device, ops))
     if data is Data.shapes:
         dataset = _held_out_shapes(loaded.config)
     else:
@@ -161,16 +161,18 @@ def predict(
     missing = [str(path) for path in image if not path.is_file()]
     if missing:
         raise DataError(f"no such image: {', '.join(missing)}")
-    loaded = load_checkpoint(checkpoint, _device(device))
+    loaded = load_checkpoint(checkpoint, _device(device, ops))
     output.mkdir(parents=True, exist_ok=True)
     results = []
     with _progress() as bar, use_backend(ops):
-        for number, (path, pixels, found) in enumerate(bar.track(predict_files(loaded, image), total=len(image))):
+        task = bar.add_task("predicting", total=len(image), status="")
+        for number, (path, pixels, found) in enumerate(predict_files(loaded, image)):
             shown = {name: value[found["scores"] > score_threshold] for name, value in found.items()}
             picture = draw_detections(pixels, **shown, class_names=loaded.class_names)
             picture.save(output / f"{number:04d}_{path.stem}.png")
             for entry in detections_to_coco(number, shown, loaded.category_ids):
                 results.append({"file_name": str(path), "category": _name(loaded, entry), **entry})
+            bar.advance(task)
     (output / "predictions.json").write_text(json.dumps(results) + "\n")
     console.print(f"{len(results)} detections in {len(image)} images; wrote {output}")
 
@@ -212,10 +214,16 @@ def _coco(
     return CocoDataset(images, annotations, **options)
 
 
-def _device(device: Device) -> torch.device:
+def _device(device: Device, ops: Ops) -> torch.device:
+    """The device to run on, once it is clear that the ops can run there."""
     if device is Device.cuda and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch sees no GPU")
-    return torch.device("cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu")
+    chosen = torch.device("cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu")
+    try:
+        choose_backend(ops, torch.empty(0, device=chosen))
+    except RuntimeError as error:
+        raise ConfigError(f"--ops {ops}: {error}") from None
+    return chosen
 
 
 def _progress() -> Progress:

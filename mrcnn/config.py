@@ -147,7 +147,7 @@ def load_config(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
 
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A Config from nested dictionaries, as `dataclasses.asdict` makes them; raises ConfigError."""
-    values = dict(values)
+    values = {key: value for key, value in values.items() if key != "class_names"}  # a run's config.json has them too
     base = values.pop("base", "torchvision")
     name = values.pop("name", base)
     if base not in CONFIGS:

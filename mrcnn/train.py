@@ -45,22 +45,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     raise ConfigError(f"unknown optimizer {config.optimizer!r}; choose sgd or adamw")
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """What the learning rate is multiplied by at `step`: linear warm-up, then the schedule.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "multistep": lambda done: 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9)),
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * min(done, 1.0))),
+    "constant": lambda done: 1.0,
+}
+"""Factor of the learning rate by the part of the run that is done."""
 
-    Raises:
-        ConfigError: unknown schedule.
-    """
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """What the learning rate is multiplied by at `step`: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    done = step / max(config.steps, 1)
-    if config.schedule == "multistep":
-        return 0.1 ** ((done >= 2 / 3) + (done >= 8 / 9))
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if config.schedule == "constant":
-        return 1.0
-    raise ConfigError(f"unknown schedule {config.schedule!r}; choose multistep, cosine or constant")
+    return SCHEDULES[config.schedule](step / config.steps)
 
 
 def training_batches(dataset: Dataset, config: Config) -> Iterator[Batch]:
@@ -123,12 +120,14 @@ def train(
     every step, with the metrics where they were read from the device and {} elsewhere.
 
     Raises:
-        DataError: the data set is empty, or has no object at all.
+        DataError: the data set is empty.
         ConfigError: a value that cannot work.
         FloatingPointError: the loss is no longer finite; the last checkpoint is kept.
     """
     if len(dataset) == 0:
         raise DataError("the training set has no images")
+    if config.train.schedule not in SCHEDULES:
+        raise ConfigError(f"unknown schedule {config.train.schedule!r}; choose one of {', '.join(SCHEDULES)}")
     torch.manual_seed(config.train.seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=len(dataset.class_names)))
     model = _build(config).to(device)

@@ -86,7 +86,8 @@ def propose(
         training: which of the numbers to take.
 
     Returns:
-        boxes [B, N, 4], best first, and valid bool [B, N], with N = post_nms_top_n (or fewer anchors).
+        boxes [B, N, 4], best first, and valid bool [B, N], with N = post_nms_top_n, or fewer where there are not as
+        many candidates.
     """
     batch, levels = len(logits), len(level_sizes)
     top_n = config.pre_nms_top_n[0 if training else 1]

@@ -1,0 +1,169 @@
+"""The commands, run as a user runs them, on data of a few images."""
+
+import json
+import sys
+
+import pytest
+import torch
+from mrcnn import cli
+from mrcnn.checkpoint import load_checkpoint
+from mrcnn.data.shapes import ShapesDataset
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+SMALL = ["--config", "tiny", "--image-size", "64", "--batch-size", "2"]
+FEW_ROIS = ["--set", "model.roi_samples=16", "--set", "model.score_threshold=0.0", "--set", "model.max_detections=5"]
+
+
+def run(*arguments) -> int:
+    """Exit status of `mrcnn` with these arguments."""
+    sys.argv = ["mrcnn", *map(str, arguments)]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+        raise SystemExit(0)
+    return exit_.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Four images in COCO format with category ids 3, 7, 20, and one without objects."""
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "images").mkdir()
+    dataset = ShapesDataset(4, 64, seed=3)
+    truth = dataset.ground_truth()
+    ids = {1: 3, 2: 7, 3: 20}
+    for category in truth["categories"]:
+        category["id"] = ids[category["id"]]
+    for annotation in truth["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"]]
+    for i, image in enumerate(truth["images"]):
+        image["file_name"] = f"{image['id']}.png"
+        to_pil_image(dataset[i][0]).save(folder / "images" / image["file_name"])
+    truth["images"].append({"id": 99, "file_name": "99.png", "height": 48, "width": 80})
+    Image.new("RGB", (80, 48)).save(folder / "images" / "99.png")
+    (folder / "annotations.json").write_text(json.dumps(truth))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(coco, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "new"
+    data = ["--images", coco / "images", "--annotations", coco / "annotations.json"]
+    validation = ["--val-images", coco / "images", "--val-annotations", coco / "annotations.json"]
+    options = ["--steps", 3, "--eval-every", 2, "--set", "train.log_every=1", "--seed", 5, *FEW_ROIS]
+    assert run("train", *SMALL, *data, *validation, *options, "--output", output) == 0
+    return output
+
+
+def test_train_writes_what_it_says(trained):
+    # Configuration, class names, one line of metrics a step, one an evaluation, a checkpoint that knows its data.
+    assert sorted(p.name for p in trained.iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["class_names"] == ["__background__", "circle", "square", "triangle"]
+    assert (config["train"]["steps"], config["train"]["seed"], config["data"]["image_size"]) == (3, 5, 64)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 3]
+    assert {"loss", "loss_mask", "lr", "seconds"} <= lines[0].keys()
+    assert lines[2]["evaluation"]["segm"].keys() >= {"AP", "AP50"}
+    checkpoint = load_checkpoint(trained / "checkpoint.pt")
+    assert checkpoint.category_ids == [0, 3, 7, 20] and checkpoint.step == 3
+
+
+def test_training_is_reproducible(coco, tmp_path):
+    # The same seed on a CPU: the same losses to the last bit; another seed: others.
+    def losses(seed):
+        output = tmp_path / str(seed)
+        data = ["--images", coco / "images", "--annotations", coco / "annotations.json", "--device", "cpu"]
+        run("train", *SMALL, *data, "--steps", 2, "--set", "train.log_every=1", "--seed", seed, "--output", output)
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines]
+
+    first = losses(1)
+    assert losses(1) == first and losses(2) != first
+
+
+def test_evaluate_prints_and_writes(trained, coco, tmp_path, capsys):
+    data = ["--images", coco / "images", "--annotations", coco / "annotations.json", "--max-dets", 3]
+    output = tmp_path / "sub" / "ap.json"
+    assert run("evaluate", "--checkpoint", trained / "checkpoint.pt", *data, "--output", output) == 0
+    results = json.loads(output.read_text())
+    assert results["max_dets"] == 3 and results["segm"].keys() >= {"AP", "AP50", "AR3"}
+    assert "AP50" in capsys.readouterr().out
+    gate = ["--min-mask-ap50", 0.99, "--output", output]
+    assert run("evaluate", "--checkpoint", trained / "checkpoint.pt", *data, *gate) == 1
+    assert "is below 0.99" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_other_categories(trained, coco, tmp_path, capsys):
+    # The same number of classes with other ids would silently score zero.
+    other = json.loads((coco / "annotations.json").read_text())
+    other["categories"][0]["id"] = 4
+    for annotation in other["annotations"]:
+        annotation["category_id"] = 4 if annotation["category_id"] == 3 else annotation["category_id"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    data = ["--images", coco / "images", "--annotations", tmp_path / "other.json"]
+    assert run("evaluate", "--checkpoint", trained / "checkpoint.pt", *data) == 2
+    assert "the checkpoint knows the categories" in capsys.readouterr().err
+
+
+def test_predict_writes_pictures_and_json(trained, coco, tmp_path):
+    # Two images of different sizes, one grey; detections refer to files and to the data set's own categories.
+    Image.new("L", (50, 90), 128).save(tmp_path / "grey.png")
+    files = [coco / "images" / "1.png", tmp_path / "grey.png"]
+    output = tmp_path / "out"
+    options = ["--output", output, "--score-threshold", 0.0]
+    assert run("predict", "--checkpoint", trained / "checkpoint.pt", *files, *options) == 0
+    assert sorted(p.name for p in output.iterdir()) == ["0000_1.png", "0001_grey.png", "predictions.json"]
+    found = json.loads((output / "predictions.json").read_text())
+    assert {f["file_name"] for f in found} <= {str(f) for f in files} and len(found) > 0
+    names = {3: "circle", 7: "square", 20: "triangle"}
+    for entry in found:
+        assert entry["category"] == names[entry["category_id"]]
+        assert entry["segmentation"]["size"] == ([64, 64] if entry["image_id"] == 0 else [90, 50])
+
+
+def test_shapes_need_no_data(tmp_path):
+    output = tmp_path / "shapes"
+    small = ["--data", "shapes", *SMALL, "--steps", 1, *FEW_ROIS]
+    assert run("train", *small, "--output", output) == 0
+    assert load_checkpoint(output / "checkpoint.pt").class_names[1:] == ["circle", "square", "triangle"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--output", "OUT"], "COCO data needs both --images and --annotations"),
+        (["train", "--output", "OUT", "--images", "none", "--annotations", "none.json"], "none.json"),
+        (["train", "--output", "OUT", "--data", "shapes", "--config", "huge"], "unknown configuration 'huge'"),
+        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "model.norm=ln"], "unknown norm 'ln'"),
+        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.optimizer=x"], "unknown optimizer"),
+        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.schedule=x"], "unknown schedule"),
+        (["evaluate", "--checkpoint", "none.pt", "--data", "shapes"], "there is no checkpoint none.pt"),
+        (["predict", "--checkpoint", "none.pt", "none.png", "--output", "OUT"], "no such image: none.png"),
+        (["predict", "--checkpoint", "none.pt", __file__, "--output", "OUT"], "there is no checkpoint none.pt"),
+    ],
+)
+def test_mistakes_get_one_line_and_leave_nothing(arguments, message, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run(*[output if a == "OUT" else a for a in arguments]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_asking_for_a_gpu_that_is_not_there(tmp_path, capsys):
+    assert run("train", "--output", tmp_path / "o", "--data", "shapes", *SMALL, "--device", "cuda") == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+
+
+def test_asking_for_triton_without_a_gpu_says_how(tmp_path, capsys, monkeypatch):
+    # The tests' own process interprets the kernels; a user's does not.
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    from kernels import backend
+
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    arguments = ["--output", tmp_path / "o", "--data", "shapes", *SMALL, "--steps", 1, "--ops", "triton"]
+    assert run("train", *arguments) == 2
+    assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
