@@ -31,8 +31,8 @@ def report(
     ] = Path("runs/bench-report"),
 ) -> None:
     """Turn a result into a self-contained HTML page and a Markdown file."""
-    from bench.report import write_report
-    from bench.results import ResultsError
+    from .report import write_report
+    from .results import ResultsError
 
     try:
         written = write_report(results, output)
@@ -60,7 +60,7 @@ def demo(
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which `bench.demo` does
     from rich.console import Console
 
-    from bench.demo import run_demo
+    from .demo import run_demo
 
     if not run_demo(output, Console()):
         raise typer.Exit(1)

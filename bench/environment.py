@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.timing import CPU_THREADS
+from .timing import CPU_THREADS
 
 
 def describe_environment() -> dict[str, object]:

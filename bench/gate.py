@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.workloads import ROI_OPS, Inputs
+
+from .workloads import ROI_OPS, Inputs
 
 # Largest deviation over the largest reference value. float32: torchvision's own CUDA kernels deviate by up to
 # 9e-5 on RoI coordinates around 1344. Half precisions: rounding of the output (2^-9 in bf16), and backward the

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from bench.results import best_triton_rows
+from .results import best_triton_rows
 
 COLORS = {"triton": "#e8590c", "torchvision": "#3b7dd8", "torch": "#868e96", "torch.compile": "#2b9a66"}
 INK = "#123456"  # stands for the page's text colour: in the SVG it becomes `currentColor`

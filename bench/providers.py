@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from bench.workloads import ROI_OPS, Inputs
+
+from .workloads import ROI_OPS, Inputs
 
 PROVIDERS = ("triton", "torchvision", "torch", "torch.compile")
 BASELINES = PROVIDERS[1:]

@@ -11,8 +11,8 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from bench.plots import Plot, format_seconds, make_plots
-from bench.results import Results, best_triton_rows, judge, load_results, read_results
+from .plots import Plot, format_seconds, make_plots
+from .results import Results, best_triton_rows, judge, load_results, read_results
 
 __all__ = ["load_results", "write_report"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bench.boxes import grid_anchors, random_objects, random_proposals
+from .boxes import grid_anchors, random_objects, random_proposals
 
 OPS = ("roi_align", "multiscale_roi_align", "box_iou", "label_anchors", "mask_bce_loss")
 ROI_OPS = ("roi_align", "multiscale_roi_align")

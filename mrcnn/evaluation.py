@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torchvision.ops import box_convert
 
-from mrcnn.data.coco import mask_api, segmentation_to_rle
-from mrcnn.errors import DataError
+from .data.coco import mask_api, segmentation_to_rle
+from .errors import DataError
 
 if TYPE_CHECKING:
     from rich.table import Table

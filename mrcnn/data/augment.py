@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torchvision.transforms import v2
 
-from mrcnn.errors import ConfigError
+from ..errors import ConfigError
 
 # Shorter sides 0.8 to 1 of the size asked for: the 640..800 of the usual multi-scale schedule at 800.
 SCALES = (0.8, 0.84, 0.88, 0.92, 0.96, 1.0)

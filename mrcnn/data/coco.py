@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from mrcnn.errors import DataError
+from ..errors import DataError
 
 NO_AREA, BAD_BOX = "box without area", "malformed box"
 EMPTY, MALFORMED = "empty segmentation", "malformed segmentation"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mrcnn.errors import ConfigError
-from mrcnn.structures import Batch, Targets
+from ..errors import ConfigError
+from ..structures import Batch, Targets
 
 
 class Collate:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from mrcnn.data.coco import mask_api
+from .coco import mask_api
 
 MIN_OBJECTS, MAX_OBJECTS = 2, 7
 MIN_SIZE, MAX_SIZE = 0.12, 0.45  # diameter, as a share of the image side

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+
 from mrcnn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mrcnn.config import CONFIGS
 from mrcnn.errors import CheckpointError
@@ -93,6 +94,6 @@ def test_weights_that_do_not_fit(checkpoint, tmp_path):
     content["config"]["model"]["fpn_channels"] = 48
     torch.save(content, path)
     with pytest.raises(
-        CheckpointError, match="damaged checkpoint or one of another version: Error.* in loading state_dict"
+        CheckpointError, match=r"damaged checkpoint or one of another version: Error.* loading state_dict"
     ):
         load_checkpoint(path)

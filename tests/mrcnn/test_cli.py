@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
 from mrcnn import cli
 from mrcnn.checkpoint import load_checkpoint
 from mrcnn.data.shapes import ShapesDataset
-from PIL import Image
-from torchvision.transforms.v2.functional import to_pil_image
 
 SMALL = ["--config", "tiny", "--image-size", "64", "--batch-size", "2"]
 FEW_ROIS = ["--set", "model.roi_samples=16", "--set", "model.score_threshold=0.0", "--set", "model.max_detections=5"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from mrcnn.config import CONFIGS, config_from_dict, load_config
 from mrcnn.errors import ConfigError
 

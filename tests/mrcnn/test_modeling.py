@@ -6,6 +6,12 @@ import importlib
 import pytest
 import torch
 import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import project_masks_on_boxes
+
 from mrcnn.config import CONFIGS
 from mrcnn.data.collate import Collate, targets_from_lists
 from mrcnn.data.shapes import ShapesDataset
@@ -14,11 +20,6 @@ from mrcnn.modeling.mask_targets import mask_targets
 from mrcnn.modeling.nms import nms_mask
 from mrcnn.modeling.sampling import sample
 from mrcnn.structures import Targets
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 TINY = dataclasses.replace(CONFIGS["tiny"].model, num_classes=4)
 
@@ -143,7 +144,7 @@ def test_a_batch_without_objects_trains():
     # Background is learnt from; nothing divides by zero, no box or mask loss, every parameter gets a finite gradient.
     batch = shapes_batch()
     empty = Targets(
-        boxes=torch.zeros(2, 3, 4), labels=torch.zeros(2, 3, dtype=torch.int64), count=torch.zeros(2, dtype=torch.int32),
+        boxes=torch.zeros(2, 3, 4), labels=torch.zeros(2, 3, dtype=torch.int64), count=torch.zeros(2).int(),
         mask_pool=torch.zeros(0, dtype=torch.uint8), mask_offset=torch.zeros(2, 3, dtype=torch.int64),
         mask_extent=torch.zeros(2, 3, 4, dtype=torch.int32),
     )  # fmt: skip
