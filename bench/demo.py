@@ -90,14 +90,14 @@ def _train(config: Config, size: int, output: Path, device: torch.device, consol
 
 
 def _follow(checkpoint: Checkpoint, size: int, device: torch.device, console: Console) -> bool:
-    """Twenty steps from the trained weights, on two images of few RoIs: the interpreter is slow."""
+    """Twenty steps from the trained weights, on one image of few RoIs: the interpreter is slow."""
     model = checkpoint.model
-    full, few = model.config, {} if device.type == "cuda" else {"roi_samples": 12, "post_nms_top_n": (50, 50)}
+    full, few = model.config, {} if device.type == "cuda" else {"roi_samples": 16, "post_nms_top_n": (50, 50)}
     # A low canonical scale spreads the shapes over three levels of the pyramid.
     model.config = dataclasses.replace(full, canonical_scale=size // 3, **few)
-    dataset = ShapesDataset(2 * FOLLOW_STEPS, size, seed=7)
+    dataset = ShapesDataset(FOLLOW_STEPS, size, seed=7)
     collate = Collate(dataset.max_objects)
-    batches = [collate([dataset[i], dataset[i + 1]]).to(device) for i in range(0, len(dataset), 2)]
+    batches = [collate([dataset[i]]).to(device) for i in range(len(dataset))]
     steps = iter(track(range(FOLLOW_STEPS), "steps", console=console))
     seen = follow(model, batches, lr=1e-3, on_step=lambda _: next(steps, None))
     model.config = full

@@ -42,7 +42,8 @@ def mask_targets(
     for first in range(0, len(rows), chunk):
         part = slice(first, first + chunk)
         mask = _full_size(targets.mask_pool, offset[part], extent[part], *padded_size)
-        out[part] = weights_y[part] @ mask @ weights_x[part].transpose(1, 2)
+        with torch.autocast(boxes.device.type, enabled=False):  # or the products would be rounded to bf16
+            out[part] = weights_y[part] @ mask @ weights_x[part].transpose(1, 2)
     return out.view(*boxes.shape[:2], size, size)
 
 

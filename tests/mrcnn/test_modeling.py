@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
+from kernels import launch_counts, use_backend
 from mrcnn.config import CONFIGS
 from mrcnn.data.collate import Collate, targets_from_lists
 from mrcnn.data.shapes import ShapesDataset
@@ -135,7 +136,8 @@ def test_mask_targets_are_torchvisions():
         expected.append(project_masks_on_boxes(masks, proposals, matched, 28))
         rows.append((proposals, matched))
     proposals, matched = (torch.stack(part) for part in zip(*rows, strict=True))
-    found = mask_targets(targets_from_lists(lists), proposals, matched, 28, torch.tensor(sizes), padded)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training on a GPU: the targets must stay fp32
+        found = mask_targets(targets_from_lists(lists), proposals, matched, 28, torch.tensor(sizes), padded)
     assert (found - torch.stack(expected)).abs().max() <= 2e-7 * 3  # sums of up to 9 samples, in another order
     assert 0.1 < found.mean() < 0.9
 
@@ -209,6 +211,20 @@ def test_proposals_have_one_shape_whatever_they_are():
     )  # as many slots a level as the larger one has anchors
     assert valid.sum(1).tolist() == [2, 2]  # one a level survives: NMS is within levels
     assert proposals[1, 0].tolist() == [0, 0, 5, 10]
+
+
+def test_bf16_autocast_with_the_triton_ops(device):
+    # How a GPU trains: channels_last weights, bf16 features into the kernels, fp32 boxes and losses.
+    config = dataclasses.replace(TINY, roi_samples=8, post_nms_top_n=(16, 16))
+    model = MaskRCNN(config).to(device, memory_format=torch.channels_last).train()
+    batch = shapes_batch().to(device)
+    launch_counts.clear()
+    with torch.autocast(device.type, torch.bfloat16), use_backend("triton"):
+        losses = model(batch.images, batch.sizes, batch.targets)
+    sum(losses.values()).backward()
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert launch_counts["roi_align_backward_kernel"] == 2 and launch_counts["mask_bce_backward_kernel"] == 1
 
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
