@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -37,7 +38,8 @@ def detect(model: MaskRCNN, batch: Batch) -> Iterator[tuple[int, dict[str, Tenso
 
 
 def evaluation_loader(dataset: Dataset, config: Config) -> DataLoader:
-    """Batches of a data set in order, resized only; the loader's data set keeps its own transform otherwise."""
+    """Batches of a data set in order, resized only."""
+    dataset = copy.copy(dataset)  # the caller's may be in use elsewhere, with another transform
     dataset.transform = build_transform(False, config.data.image_size, config.data.max_size)
     return DataLoader(
         dataset,

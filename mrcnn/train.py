@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -61,8 +62,9 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def training_batches(dataset: Dataset, config: Config) -> Iterator[Batch]:
-    """Endless shuffled batches of the configured size; a small data set is drawn from again within a batch."""
+    """The run's batches, all of the configured size; a small data set is drawn from again within a batch."""
     train, data = config.train, config.data
+    dataset = copy.copy(dataset)  # the caller's may be in use elsewhere, with another transform
     dataset.transform = build_transform(True, data.image_size, data.max_size, data.augment)
     order = torch.Generator().manual_seed(train.seed)
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""`roi_align` and `multiscale_roi_align`: argument checks, backends, and the kernels as torch.library ops."""
+"""`roi_align` and `multiscale_roi_align`: argument checks and the choice of backend."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..backend import choose_backend
 from ..checks import check_indices, check_same_device, check_tensor, pair
-from ..runtime import NAMESPACE, launch, next_power_of_2, tile
 from . import reference
+from .library import is_channels_last, memory_format, roi_align_forward
 
 
 def roi_align(
@@ -125,12 +125,12 @@ def _pool(
     )
     options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     if backend == "triton":
-        return _forward(features, rois, *size, *options)
+        return roi_align_forward(features, rois, *size, *options)
     if backend == "torchvision":
         return _torchvision(features, rois, size, *options)
     out = reference.multiscale_roi_align(features, rois, size, *options)
     # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
-    return out.contiguous(memory_format=_layout(_is_channels_last(features)))
+    return out.contiguous(memory_format=memory_format(is_channels_last(features)))
 
 
 def _deterministic(backend: str, features: list[Tensor]) -> str:
@@ -173,172 +173,3 @@ def _torchvision(
     for i, p in enumerate(pooled):
         out[levels == i] = p
     return out
-
-
-def _constants(
-    shape: Sequence[int],
-    channels_last: bool,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: int,
-    canonical_level: int,
-) -> dict:
-    """The compile-time constants that forward and backward share, for an output [K, C, ph, pw]."""
-    return {
-        "SCALES": tuple(scales),
-        "THRESHOLDS": tuple(reference.level_thresholds(scales, canonical_scale, canonical_level)),
-        "LEVELS": len(scales),
-        "POOLED_H": shape[2],
-        "POOLED_W": shape[3],
-        "SAMPLING_RATIO": max(sampling_ratio, 0),
-        "ALIGNED": aligned,
-        "CHANNELS_LAST": channels_last,
-        "BLOCK_BINS": min(next_power_of_2(shape[2] * shape[3]), tile(8, 1024)),
-        "BLOCK_C": min(next_power_of_2(shape[1]), tile(128, 1024)),
-    }
-
-
-def _grid(shape: Sequence[int], constants: dict) -> tuple[int, int, int]:
-    return (
-        shape[0],
-        -(-shape[2] * shape[3] // constants["BLOCK_BINS"]),
-        -(-shape[1] // constants["BLOCK_C"]),
-    )
-
-
-def _is_channels_last(features: Sequence[Tensor]) -> bool:
-    """One layout serves all levels; a single channel is both, and counts as contiguous."""
-    return features[0].shape[1] > 1 and all(f.is_contiguous(memory_format=torch.channels_last) for f in features)
-
-
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-@torch.library.custom_op(f"{NAMESPACE}::roi_align_forward", mutates_args=())
-def _forward(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: int,
-    canonical_level: int,
-) -> Tensor:
-    from .kernel import roi_align_forward_kernel
-
-    channels_last = _is_channels_last(features)
-    features = [f.contiguous(memory_format=_layout(channels_last)) for f in features]
-    out = _forward_fake(
-        features, rois, pooled_height, pooled_width, scales, sampling_ratio, aligned, canonical_scale, canonical_level
-    )
-    constants = _constants(out.shape, channels_last, scales, sampling_ratio, aligned, canonical_scale, canonical_level)
-    launch(
-        roi_align_forward_kernel,
-        _grid(out.shape, constants),
-        tuple(features),
-        rois.contiguous(),
-        out,
-        *features[0].shape[:2],
-        tuple(f.shape[2] for f in features),
-        tuple(f.shape[3] for f in features),
-        device=rois.device,
-        **constants,
-    )
-    return out
-
-
-@_forward.register_fake
-def _forward_fake(
-    features: Sequence[Tensor],
-    rois: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: int,
-    canonical_level: int,
-) -> Tensor:
-    shape = (rois.shape[0], features[0].shape[1], pooled_height, pooled_width)
-    layout = _layout(_is_channels_last(features))
-    return torch.empty(shape, dtype=features[0].dtype, device=features[0].device, memory_format=layout)
-
-
-@torch.library.custom_op(f"{NAMESPACE}::roi_align_backward", mutates_args=())
-def _backward(
-    grad_out: Tensor,
-    rois: Tensor,
-    batch_size: int,
-    sizes: Sequence[int],
-    channels_last: bool,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: int,
-    canonical_level: int,
-) -> list[Tensor]:
-    """Gradients of the L feature maps; `sizes` is (H_0, W_0, H_1, W_1, ...): the maps themselves are not kept."""
-    from .kernel import roi_align_backward_kernel
-
-    # Half-precision atomics would round every addition: sum in fp32, cast once.
-    sums = [torch.zeros_like(g, dtype=rois.dtype) for g in _empty_gradients(grad_out, batch_size, sizes, channels_last)]
-    constants = _constants(
-        grad_out.shape, channels_last, scales, sampling_ratio, aligned, canonical_scale, canonical_level
-    )
-    launch(
-        roi_align_backward_kernel,
-        _grid(grad_out.shape, constants),
-        tuple(sums),
-        rois.contiguous(),
-        grad_out.contiguous(memory_format=_layout(channels_last)),
-        batch_size,
-        grad_out.shape[1],
-        tuple(sizes[0::2]),
-        tuple(sizes[1::2]),
-        device=rois.device,
-        **constants,
-    )
-    return [s.to(grad_out.dtype) for s in sums]
-
-
-def _empty_gradients(grad_out: Tensor, batch_size: int, sizes: Sequence[int], channels_last: bool) -> list[Tensor]:
-    layout = _layout(channels_last)
-    shapes = [(batch_size, grad_out.shape[1], h, w) for h, w in zip(sizes[0::2], sizes[1::2], strict=True)]
-    return [torch.empty(s, dtype=grad_out.dtype, device=grad_out.device, memory_format=layout) for s in shapes]
-
-
-@_backward.register_fake
-def _(
-    grad_out: Tensor,
-    rois: Tensor,
-    batch_size: int,
-    sizes: Sequence[int],
-    channels_last: bool,
-    scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    canonical_scale: int,
-    canonical_level: int,
-) -> list[Tensor]:
-    return _empty_gradients(grad_out, batch_size, sizes, channels_last)
-
-
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001
-    features, rois, _, _, *ctx.options = inputs
-    ctx.save_for_backward(rois)
-    ctx.batch_size = features[0].shape[0]
-    ctx.sizes = [n for f in features for n in f.shape[2:]]
-    ctx.channels_last = _is_channels_last(features)
-
-
-def _autograd(ctx, grad_out: Tensor) -> tuple:  # noqa: ANN001
-    (rois,) = ctx.saved_tensors
-    grads = _backward(grad_out, rois, ctx.batch_size, ctx.sizes, ctx.channels_last, *ctx.options)
-    return grads, *[None] * 8
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -9,7 +9,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from kernels import multiscale_roi_align, roi_align
-from kernels.roi_align import op, reference
+from kernels.roi_align import library, reference
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
@@ -208,9 +208,9 @@ def test_batch_index_out_of_range(batch, device):
     # On a GPU nobody may wait to look, so the kernel itself must not read outside; checked by calling it directly.
     features = torch.ones(2, 2, 4, 4, device=device)
     rois = torch.tensor([[batch, 0.0, 0.0, 3.0, 3.0]], device=device)
-    out = op._forward([features], rois, 2, 2, [1.0], 2, False, 224, 4)
+    out = library.roi_align_forward([features], rois, 2, 2, [1.0], 2, False, 224, 4)
     assert (out == 0).all()
-    (grad,) = op._backward(torch.ones_like(out), rois, 2, [4, 4], False, [1.0], 2, False, 224, 4)
+    (grad,) = library.roi_align_backward(torch.ones_like(out), rois, 2, [4, 4], False, [1.0], 2, False, 224, 4)
     assert (grad == 0).all()
     with pytest.raises(IndexError, match=r"batch indices .* must lie in \[0, 2\)"):
         roi_align(features.cpu(), rois.cpu(), 2, backend="torch")
@@ -230,10 +230,14 @@ def test_opcheck(device):
     features = [f.contiguous(memory_format=torch.channels_last) for f in pyramid(2, 8, torch.float32, device)]
     rois = random_rois(2, 2, 8).to(device)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._forward, (features, rois, 2, 2, SCALES, 2, False, 224, 4), test_utils=checks)
+    torch.library.opcheck(
+        library.roi_align_forward, (features, rois, 2, 2, SCALES, 2, False, 224, 4), test_utils=checks
+    )
     grad = torch.ones(2, 2, 2, 2, device=device)
     sizes = [8, 8, 4, 4, 2, 2, 1, 1]
-    torch.library.opcheck(op._backward, (grad, rois, 2, sizes, True, SCALES, 2, False, 224, 4), test_utils=checks)
+    torch.library.opcheck(
+        library.roi_align_backward, (grad, rois, 2, sizes, True, SCALES, 2, False, 224, 4), test_utils=checks
+    )
 
 
 def test_compiles_into_one_graph(device):
