@@ -57,6 +57,18 @@ def random_proposals(objects: Tensor, count: int, image_size: tuple[int, int], g
     return boxes[torch.randperm(count, generator=generator)]
 
 
+def without_shared_edges(boxes: Tensor, others: Tensor) -> Tensor:
+    """`boxes` with those moved by a fraction of a pixel that share a coordinate with, or just touch, one of `others`.
+
+    There the IoU has no derivative, and releases of PyTorch differ in what they return for one.
+    """
+    shared = torch.zeros(len(boxes), dtype=torch.bool)
+    for axis in (0, 1):
+        mine, theirs = boxes[:, axis::2].flatten(), others[:, axis::2].flatten()
+        shared |= torch.isin(mine, theirs).view(-1, 2).any(dim=1)
+    return torch.where(shared[:, None], boxes + 0.0371, boxes)
+
+
 def grid_anchors(image_size: tuple[int, int], strides: Sequence[int] = (4, 8, 16, 32, 64)) -> Tensor:
     """[A, 4] xyxy anchors, one size (8 strides) and three ratios a cell, rounded as torchvision does."""
     levels = []

@@ -35,7 +35,7 @@ class Provider:
 
     def __call__(self, inputs: Inputs) -> object:
         """Run the op once."""
-        return self.call(*inputs.args, **inputs.kwargs)
+        return self.call(*inputs.args)
 
 
 def provider_dtype(provider: str, op: str, dtype: torch.dtype) -> torch.dtype:

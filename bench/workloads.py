@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .boxes import grid_anchors, random_objects, random_proposals
+from .boxes import grid_anchors, random_objects, random_proposals, without_shared_edges
 
 OPS = ("roi_align", "multiscale_roi_align", "box_iou", "label_anchors", "mask_bce_loss")
 ROI_OPS = ("roi_align", "multiscale_roi_align")
@@ -45,7 +45,6 @@ class Inputs:
     """One call's arguments; `leaves` are the tensors among them that gradients flow to."""
 
     args: tuple
-    kwargs: dict = field(default_factory=dict)
     leaves: tuple[Tensor, ...] = ()
 
     def shapes(self) -> str:
@@ -66,7 +65,7 @@ class Inputs:
 
         args = tuple(apply(a) for a in self.args)
         leaves = tuple(done[id(leaf)].requires_grad_(leaf.requires_grad) for leaf in self.leaves)
-        return Inputs(args, self.kwargs, leaves)
+        return Inputs(args, leaves)
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,8 @@ def _box_iou(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Input
     proposals, objects = [], []
     for _ in range(sizes.images):
         objects.append(random_objects(sizes.objects, sizes.image_size, draw.boxes))
-        proposals.append(random_proposals(objects[-1], sizes.rois, sizes.image_size, draw.boxes))
+        drawn = random_proposals(objects[-1], sizes.rois, sizes.image_size, draw.boxes)
+        proposals.append(without_shared_edges(drawn, objects[-1]))
     boxes1, boxes2 = (torch.stack(b).to(draw.device, dtype) for b in (proposals, objects))
     if sizes.images == 1:
         boxes1, boxes2 = boxes1[0], boxes2[0]

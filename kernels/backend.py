@@ -35,10 +35,10 @@ def use_backend(backend: str) -> Iterator[None]:
         _default = previous
 
 
-def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch") -> str:
+def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch", on_gpu: str = "triton") -> str:
     """Resolve `backend` for an op whose main input is `tensor`: the name of the one to run, never "auto".
 
-    `auto` is the enclosing `use_backend`, else Triton on a GPU, else `on_cpu` (what that op does fastest there).
+    `auto` is the enclosing `use_backend`, else `on_gpu` or `on_cpu`, whichever is right for that op there.
 
     Raises:
         ValueError: unknown name.
@@ -47,9 +47,8 @@ def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch") -> str:
     _check_name(backend)
     backend = _default if backend == "auto" else backend
     if backend == "auto":
-        if tensor.is_cuda and HAS_TRITON:
-            return "triton"
-        return on_cpu if on_cpu != "torchvision" or _has_torchvision() else "torch"
+        chosen = on_gpu if tensor.is_cuda and HAS_TRITON and not INTERPRETED else on_cpu
+        return chosen if chosen != "torchvision" or _has_torchvision() else "torch"
     if backend == "triton":
         _check_triton(tensor.device)
     if backend == "torchvision" and not _has_torchvision():

@@ -49,7 +49,7 @@ def check_indices(indices: Tensor, end: int, name: str, minimum: int = 0) -> Non
 
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     """`value` as (height, width), both at least 1; raises ValueError otherwise."""
-    height, width = (value, value) if isinstance(value, int) else value
-    if int(height) < 1 or int(width) < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return int(height), int(width)
+    sides = (value, value) if isinstance(value, int) else value
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+        raise ValueError(f"{name} must be a positive integer or two of them, got {value!r}")
+    return sides[0], sides[1]

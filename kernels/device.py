@@ -28,3 +28,13 @@ def intersection_over_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2):
     intersection = width * height
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
     return divide(intersection, union)
+
+
+@triton.jit
+def load_boxes(boxes_ptr, index, mask, DTYPE: tl.constexpr):
+    """The four coordinates of boxes [*, 4] at `index`, widened to DTYPE; 0 where masked."""
+    x1 = tl.load(boxes_ptr + index * 4, mask, 0.0).to(DTYPE)
+    y1 = tl.load(boxes_ptr + index * 4 + 1, mask, 0.0).to(DTYPE)
+    x2 = tl.load(boxes_ptr + index * 4 + 2, mask, 0.0).to(DTYPE)
+    y2 = tl.load(boxes_ptr + index * 4 + 3, mask, 0.0).to(DTYPE)
+    return x1, y1, x2, y2

@@ -23,8 +23,11 @@ launch_counts: Counter[str] = Counter()
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
     """Launch `kernel` over `grid` on `device` and count it; an empty grid launches nothing.
 
-    Triton launches on the current CUDA device, which need not be the tensors' own.
+    Triton launches on the current CUDA device, which need not be the tensors' own. Fused multiply-adds are off
+    unless asked for: they round once where the reference rounds twice, which can move a label, or turn a bin of
+    exactly 2 cells into 2.0000002 and its adaptive grid from 2 samples to 3.
     """
+    meta.setdefault("enable_fp_fusion", False)
     if 0 in grid:
         return
     launch_counts[kernel.__name__] += 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +68,13 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         config = config_from_dict(content["config"])
         model = MaskRCNN(config.model)
         model.load_state_dict(content["model"])
-        names, ids, step = content["class_names"], content["category_ids"], content["step"]
+        names, ids, step = list(content["class_names"]), list(content["category_ids"]), int(content["step"])
+        if not len(names) == len(ids) == config.model.num_classes:
+            raise ValueError(
+                f"{len(names)} class names and {len(ids)} categories for {config.model.num_classes} classes"
+            )
     except (KeyError, TypeError, ConfigError, RuntimeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         raise CheckpointError(f"{path} is a damaged checkpoint or one of another version: {reason}") from None
     return Checkpoint(model.to(device).eval(), config, names, ids, step)
 
@@ -82,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError):
+    except Exception:  # whatever the unpickler stumbles over in a file of another kind
         raise CheckpointError(f"{path} cannot be read as a checkpoint: damaged, or a file of another kind") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this project; `mrcnn train` writes them")

@@ -74,6 +74,7 @@ class TrainConfig:
     clip_norm: float = 0.0  # largest gradient norm; 0 does not clip
     log_every: int = 20
     eval_every: int = 0  # steps between evaluations; 0 evaluates at the end only
+    save_every: int = 1000  # steps between checkpoints; also written at every evaluation and at the end
     workers: int = 4
     seed: int = 0
 
@@ -142,6 +143,39 @@ def load_config(name_or_file: str, overrides: Iterable[str] = ()) -> Config:
         if not separator or not dot:
             raise ConfigError(f"--set wants section.key=value (as in model.backbone=resnet18), got {override!r}")
         config = _replace(config, {section: {name: _parse(text.strip())}}, "--set")
+    return config
+
+
+CHOICES = {
+    "model": {"backbone": ("resnet18", "resnet50"), "norm": ("bn", "frozen_bn", "gn")},
+    "train": {"optimizer": ("sgd", "adamw"), "schedule": ("multistep", "cosine", "constant")},
+}
+# Numbers that may be smaller than 1.
+LEAST = {"model.num_classes": 2, "data.image_size": 0, "data.max_objects": 0, "train.warmup_steps": 0}
+LEAST |= {"train.eval_every": 0, "train.workers": 0, "train.seed": 0}
+
+
+def validate(config: Config) -> Config:
+    """Return `config` if a run can start with it; raise ConfigError for the first value that cannot work."""
+    for section in ("model", "data", "train"):
+        for name, value in vars(getattr(config, section)).items():
+            least = LEAST.get(f"{section}.{name}", 1)
+            numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if type(v) is int]
+            if any(number < least for number in numbers):
+                raise ConfigError(f"{section}.{name} must be at least {least}, got {value}")
+            choices = CHOICES.get(section, {}).get(name)
+            if choices and value not in choices:
+                raise ConfigError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    model, data, train = config.model, config.data, config.train
+    for name in ("rpn_positive_fraction", "roi_positive_fraction"):
+        if not 0 < getattr(model, name) <= 1:
+            raise ConfigError(f"model.{name} must be in (0, 1], got {getattr(model, name)}")
+    if len(model.anchor_sizes) != 5 or not all(ratio > 0 for ratio in model.aspect_ratios):
+        raise ConfigError("model.anchor_sizes needs five sizes, one a level P2..P6, and aspect_ratios positive ones")
+    if data.max_size < data.image_size:
+        raise ConfigError(f"data.max_size {data.max_size} must not be below data.image_size {data.image_size}")
+    if min(train.lr, train.weight_decay, train.clip_norm) < 0:
+        raise ConfigError("train.lr, weight_decay and clip_norm must not be negative")
     return config
 
 

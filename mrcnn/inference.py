@@ -47,6 +47,7 @@ def evaluation_loader(dataset: Dataset, config: Config) -> DataLoader:
         num_workers=config.train.workers,
         collate_fn=Collate(dataset.max_objects),
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, so that evaluating does not change the training that follows
     )
 
 

@@ -1,8 +1,7 @@
-"""Detecting objects in image files: pictures and JSON."""
+"""Detecting objects in image files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,28 +15,25 @@ from .data.collate import Collate
 from .inference import detect
 
 
-def predict(checkpoint: Checkpoint, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor, dict[str, Tensor]]]:
-    """(path, image uint8 [3, h, w], detections on it) for each file, one at a time.
+def predict(checkpoint: Checkpoint, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """The image of a file (uint8 [3, h, w]) and the detections on it: boxes, labels, scores, bool masks [n, h, w].
 
     Raises:
-        DataError: a file is absent or is no image.
+        DataError: the file is absent or is no image.
     """
     data = checkpoint.config.data
-    resize = build_transform(False, data.image_size, data.max_size)
-    collate = Collate(1)
-    for i, path in enumerate(paths):
-        image = read_image(path)
-        batch = collate([resize(image, _no_objects(i, image))])
-        ((_, detections),) = detect(checkpoint.model, batch)
-        yield path, image, detections
+    image = read_image(path)
+    resized = build_transform(False, data.image_size, data.max_size)(image, _no_objects(image))
+    ((_, detections),) = detect(checkpoint.model, Collate(1)([resized]))
+    return image, detections
 
 
-def _no_objects(image_id: int, image: Tensor) -> dict:
+def _no_objects(image: Tensor) -> dict:
     size = tuple(image.shape[-2:])
     return {
         "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size),
         "labels": torch.zeros(0, dtype=torch.int64),
         "masks": tv_tensors.Mask(torch.zeros(0, *size, dtype=torch.uint8)),
-        "image_id": image_id,
+        "image_id": 0,
         "original_size": size,
     }

@@ -1,6 +1,6 @@
 """The padded, batched containers that flow through the model: no lists of per-image tensors.
 
-Fixed shapes are what lets a training step run without a host synchronisation or a graph break, so an image
+Fixed shapes are what a training step without host synchronisations and graph breaks is made of, so an image
 with few objects carries empty slots (`count` says how many are real) instead of a shorter tensor.
 """
 
@@ -58,3 +58,4 @@ class Batch(_Movable):
     image_ids: list[int]
     original_sizes: list[tuple[int, int]]  # (height, width) before resizing
     targets: Targets | None = None
+    replaced: int = 0  # damaged images that others stand for

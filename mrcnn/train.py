@@ -9,13 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .checkpoint import Checkpoint, save_checkpoint
-from .config import Config, TrainConfig
+from .config import Config, TrainConfig, validate
 from .data.augment import build_transform
 from .data.coco import CocoDataset
 from .data.collate import Collate
@@ -29,21 +30,15 @@ Dataset = CocoDataset | ShapesDataset
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW, which here leaves biases and normalisation parameters undecayed.
-
-    Raises:
-        ConfigError: unknown optimizer.
-    """
+    """SGD with momentum 0.9, or AdamW, which here leaves biases and normalisation parameters undecayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay)
-    if config.optimizer == "adamw":
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, config.lr)
-    raise ConfigError(f"unknown optimizer {config.optimizer!r}; choose sgd or adamw")
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, config.lr)
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -71,7 +66,7 @@ def training_batches(dataset: Dataset, config: Config) -> Iterator[Batch]:
         dataset,
         batch_size=train.batch_size,
         # One epoch of the sampler is the whole run: workers start once, and no epoch ends in a smaller batch.
-        sampler=_EndlessSampler(len(dataset), train.steps * train.batch_size, order),
+        sampler=_ShuffledPasses(len(dataset), train.steps * train.batch_size, order),
         num_workers=train.workers,
         collate_fn=Collate(data.max_objects or dataset.max_objects),
         pin_memory=torch.cuda.is_available(),
@@ -80,7 +75,7 @@ def training_batches(dataset: Dataset, config: Config) -> Iterator[Batch]:
     yield from loader
 
 
-class _EndlessSampler(torch.utils.data.Sampler[int]):
+class _ShuffledPasses(torch.utils.data.Sampler[int]):
     """`total` indices: shuffled passes over the data set, one after another."""
 
     def __init__(self, size: int, total: int, generator: torch.Generator) -> None:
@@ -114,7 +109,7 @@ def train(
     output: Path,
     device: torch.device,
     validation: Dataset | None = None,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    on_step: Callable[[int, dict], None] = lambda step, metrics: None,
 ) -> Checkpoint:
     """Train a model from scratch, writing config.json, metrics.jsonl and checkpoint.pt to `output`.
 
@@ -122,57 +117,73 @@ def train(
     every step, with the metrics where they were read from the device and {} elsewhere.
 
     Raises:
-        DataError: the data set is empty.
-        ConfigError: a value that cannot work.
-        FloatingPointError: the loss is no longer finite; the last checkpoint is kept.
+        DataError: the data set is empty, or none of its images can be read.
+        ConfigError: a value that cannot work, or `output` holds a checkpoint already.
+        FloatingPointError: a loss or a weight is no longer finite; the last checkpoint is kept.
     """
     if len(dataset) == 0:
         raise DataError("the training set has no images")
-    if config.train.schedule not in SCHEDULES:
-        raise ConfigError(f"unknown schedule {config.train.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    torch.manual_seed(config.train.seed)
+    if (output / "checkpoint.pt").exists():
+        raise ConfigError(f"{output} holds the checkpoint of another run: choose another folder, or move that one away")
+    settings = config.train
+    torch.manual_seed(settings.seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=len(dataset.class_names)))
-    model = _build(config).to(device)
+    validate(config)
+    model = MaskRCNN(config.model).to(device)
     if device.type == "cuda":  # on a CPU channels_last convolutions are slower
         model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate_factor(s, config.train))
+    optimizer = build_optimizer(model, settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings))
+    batches = training_batches(dataset, config)
     checkpoint = Checkpoint(model, config, dataset.class_names, dataset.category_ids, 0)
 
     output.mkdir(parents=True, exist_ok=True)
     run = dataclasses.asdict(config) | {"class_names": dataset.class_names}
     (output / "config.json").write_text(json.dumps(run, indent=2) + "\n")
+    start, replaced = time.perf_counter(), 0
     with (output / "metrics.jsonl").open("w") as log:
-        start = time.perf_counter()
-        for step, batch in enumerate(training_batches(dataset, config), 1):
-            losses = training_step(model.train(), batch.to(device, True), optimizer, config.train.clip_norm)
-            metrics: dict[str, float] = {}
-            last = step == config.train.steps
-            if last or step % config.train.log_every == 0:
+        for step, batch in enumerate(batches, 1):
+            losses = training_step(model.train(), batch.to(device, True), optimizer, settings.clip_norm)
+            replaced += batch.replaced
+            last = step == settings.steps
+            evaluating = last or bool(settings.eval_every and step % settings.eval_every == 0)
+            saving = evaluating or step % settings.save_every == 0
+            metrics: dict = {}
+            if saving or step % settings.log_every == 0:
                 metrics = _read_metrics(step, losses, schedule.get_last_lr()[0], start)
+                metrics["damaged_images"] = replaced
                 _write_line(log, metrics)
             schedule.step()
-            checkpoint.step = step
-            if last or (config.train.eval_every and step % config.train.eval_every == 0):
+            if saving:
+                _check_weights(model, step)
+                checkpoint.step = step
                 save_checkpoint(output / "checkpoint.pt", checkpoint)
-                if validation is not None:
-                    results = evaluate(model, validation, config, config.model.max_detections)
-                    metrics |= {f"{kind}_{k}": v for kind, r in results.items() for k, v in r.items()}
-                    _write_line(log, {"step": step, "evaluation": results})
+            if evaluating and validation is not None:
+                metrics |= _evaluate(model, validation, config, step, log)
             on_step(step, metrics)
     model.eval()
     return checkpoint
 
 
-def _build(config: Config) -> MaskRCNN:
+def _evaluate(model: MaskRCNN, validation: Dataset, config: Config, step: int, log: TextIO) -> dict:
+    """Metrics on the validation set; a damaged image there is reported, and does not end the run."""
     try:
-        return MaskRCNN(config.model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+        results = evaluate(model, validation, config, config.model.max_detections)
+    except DataError as error:
+        _write_line(log, {"step": step, "evaluation_error": str(error)})
+        return {"evaluation_error": str(error)}
+    _write_line(log, {"step": step, "evaluation": results})
+    return {f"{kind}_{name}": value for kind, values in results.items() for name, value in values.items()}
+
+
+def _check_weights(model: MaskRCNN, step: int) -> None:
+    """A checkpoint of weights that are not finite would replace a good one."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError(f"the weights are not finite after step {step}; lower --lr or raise train.clip_norm")
 
 
 def _read_metrics(step: int, losses: dict[str, Tensor], lr: float, start: float) -> dict[str, float]:
-    """Losses as numbers: the one place where training waits for the device."""
+    """Losses as numbers, which waits for the device."""
     values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
     total = sum(values.values())
     if not math.isfinite(total):
@@ -182,6 +193,6 @@ def _read_metrics(step: int, losses: dict[str, Tensor], lr: float, start: float)
     return {"step": step, "loss": total, **values, "lr": lr, "seconds": time.perf_counter() - start}
 
 
-def _write_line(file, values: dict) -> None:  # noqa: ANN001
+def _write_line(file: TextIO, values: dict) -> None:
     file.write(json.dumps(values) + "\n")
     file.flush()

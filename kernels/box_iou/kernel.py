@@ -3,16 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..device import divide, intersection_over_union
-
-
-@triton.jit
-def _load_boxes(boxes_ptr, index, mask, DTYPE: tl.constexpr):
-    x1 = tl.load(boxes_ptr + index * 4, mask, 0.0).to(DTYPE)
-    y1 = tl.load(boxes_ptr + index * 4 + 1, mask, 0.0).to(DTYPE)
-    x2 = tl.load(boxes_ptr + index * 4 + 2, mask, 0.0).to(DTYPE)
-    y2 = tl.load(boxes_ptr + index * 4 + 3, mask, 0.0).to(DTYPE)
-    return x1, y1, x2, y2
+from ..device import divide, intersection_over_union, load_boxes
 
 
 @triton.jit
@@ -27,13 +18,15 @@ def box_iou_kernel(
 ):
     """Computes one [BLOCK_N, BLOCK_M] tile of one batch entry's matrix."""
     tiles_m = tl.cdiv(m, BLOCK_M)
-    row = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    batch = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(n, BLOCK_N) * tiles_m
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row = (tile // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype: tl.constexpr = iou_ptr.dtype.element_ty
 
-    ax1, ay1, ax2, ay2 = _load_boxes(boxes1_ptr + batch * n * 4, row[:, None], (row < n)[:, None], dtype)
-    bx1, by1, bx2, by2 = _load_boxes(boxes2_ptr + batch * m * 4, column[None, :], (column < m)[None, :], dtype)
+    ax1, ay1, ax2, ay2 = load_boxes(boxes1_ptr + batch * n * 4, row[:, None], (row < n)[:, None], dtype)
+    bx1, by1, bx2, by2 = load_boxes(boxes2_ptr + batch * m * 4, column[None, :], (column < m)[None, :], dtype)
     iou = intersection_over_union(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2)
     offset = (batch * n + row.to(tl.int64))[:, None] * m + column[None, :]
     tl.store(iou_ptr + offset, iou, (row < n)[:, None] & (column < m)[None, :])
@@ -61,10 +54,11 @@ def box_iou_backward_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """Sums the gradient of BLOCK_N boxes over all M partners, in order: no atomics, bitwise reproducible."""
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(n, BLOCK_N)
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    row = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     dtype: tl.constexpr = grad_iou_ptr.dtype.element_ty
-    ax1, ay1, ax2, ay2 = _load_boxes(boxes1_ptr + batch * n * 4, row[:, None], (row < n)[:, None], dtype)
+    ax1, ay1, ax2, ay2 = load_boxes(boxes1_ptr + batch * n * 4, row[:, None], (row < n)[:, None], dtype)
     dx1 = tl.zeros((BLOCK_N,), dtype)
     dy1 = tl.zeros((BLOCK_N,), dtype)
     dx2 = tl.zeros((BLOCK_N,), dtype)
@@ -72,7 +66,7 @@ def box_iou_backward_kernel(
     for first in range(0, m, BLOCK_M):
         column = first + tl.arange(0, BLOCK_M)
         mask = (row < n)[:, None] & (column < m)[None, :]
-        bx1, by1, bx2, by2 = _load_boxes(boxes2_ptr + batch * m * 4, column[None, :], (column < m)[None, :], dtype)
+        bx1, by1, bx2, by2 = load_boxes(boxes2_ptr + batch * m * 4, column[None, :], (column < m)[None, :], dtype)
         grad_at = batch * stride_b + row.to(tl.int64)[:, None] * stride_n + column.to(tl.int64)[None, :] * stride_m
         grad = tl.load(grad_iou_ptr + grad_at, mask, 0.0)
 

@@ -60,7 +60,7 @@ def _forward(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     block_n, block_m = _blocks(n, m)
     launch(
         box_iou_kernel,
-        (-(-n // block_n) * -(-m // block_m), batch),
+        (batch * -(-n // block_n) * -(-m // block_m),),
         boxes1.contiguous(),
         boxes2.contiguous(),
         iou,
@@ -68,7 +68,6 @@ def _forward(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         m,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
-        enable_fp_fusion=False,
         device=iou.device,
     )
     return iou
@@ -100,7 +99,7 @@ def _gradient(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
     block_n, block_m = _blocks(n, m)
     launch(
         box_iou_backward_kernel,
-        (-(-n // block_n), batch),
+        (batch * -(-n // block_n),),
         boxes1,
         boxes2,
         grad_iou,

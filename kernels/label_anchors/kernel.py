@@ -7,22 +7,13 @@ low-quality rule ("IoU equals the GT's best") needs.
 import triton
 import triton.language as tl
 
-from ..device import intersection_over_union
+from ..device import intersection_over_union, load_boxes
 
 
 @triton.jit
 def _finite(x1, y1, x2, y2):
     INF: tl.constexpr = float("inf")
     return (tl.abs(x1) < INF) & (tl.abs(y1) < INF) & (tl.abs(x2) < INF) & (tl.abs(y2) < INF)
-
-
-@triton.jit
-def _load_boxes(boxes_ptr, index, mask):
-    x1 = tl.load(boxes_ptr + index * 4, mask, 0.0)
-    y1 = tl.load(boxes_ptr + index * 4 + 1, mask, 0.0)
-    x2 = tl.load(boxes_ptr + index * 4 + 2, mask, 0.0)
-    y2 = tl.load(boxes_ptr + index * 4 + 3, mask, 0.0)
-    return x1, y1, x2, y2
 
 
 @triton.jit
@@ -50,7 +41,7 @@ def best_iou_of_gt_kernel(
     slot = (tl.program_id(0) % gt_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
     split = tl.program_id(1)
     count = tl.minimum(tl.load(count_ptr + image), num_gt)
-    gx1, gy1, gx2, gy2 = _load_boxes(gt_ptr + image * num_gt * 4, slot[:, None], (slot < count)[:, None])
+    gx1, gy1, gx2, gy2 = load_boxes(gt_ptr + image * num_gt * 4, slot[:, None], (slot < count)[:, None], tl.float32)
     is_object = _finite(gx1, gy1, gx2, gy2) & (slot < count)[:, None]
 
     best = tl.full((BLOCK_G, BLOCK_A), -1.0, tl.float32)
@@ -58,7 +49,7 @@ def best_iou_of_gt_kernel(
     for start in range(first, tl.minimum(first + anchors_per_split, num_anchors), BLOCK_A):
         anchor = start + tl.arange(0, BLOCK_A)[None, :]
         inside = anchor < num_anchors
-        ax1, ay1, ax2, ay2 = _load_boxes(anchors_ptr, anchor, inside)
+        ax1, ay1, ax2, ay2 = load_boxes(anchors_ptr, anchor, inside, tl.float32)
         iou = _iou(ax1, ay1, ax2, ay2, gx1, gy1, gx2, gy2)
         best = tl.maximum(best, tl.where(inside & is_object, iou, -1.0))
     out = (image * num_gt + slot) * tl.num_programs(1) + split
@@ -84,7 +75,7 @@ def label_anchors_kernel(
     anchor = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     image = tl.program_id(1).to(tl.int64)
     inside = anchor < num_anchors
-    ax1, ay1, ax2, ay2 = _load_boxes(anchors_ptr, anchor, inside)
+    ax1, ay1, ax2, ay2 = load_boxes(anchors_ptr, anchor, inside, tl.float32)
 
     best = tl.full((BLOCK_A,), -1.0, tl.float32)
     matched = tl.zeros((BLOCK_A,), tl.int32)

@@ -112,7 +112,6 @@ def _label(
     labels, matched_idx = _label_fake(anchors, gt_boxes, gt_count, high_threshold, low_threshold, low_quality)
     batch, num_gt = gt_boxes.shape[:2]
     num_anchors = len(anchors)
-    common = {"device": anchors.device, "enable_fp_fusion": False}
 
     best_of_gt = gt_boxes.new_empty(batch, num_gt)
     if low_quality and num_gt > 0 and num_anchors > 0:
@@ -124,14 +123,14 @@ def _label(
         grid = (batch * -(-num_gt // block_g), splits)
         launch(
             best_iou_of_gt_kernel, grid, anchors, gt_boxes, gt_count, partial, num_anchors, num_gt, per_split,
-            BLOCK_G=block_g, BLOCK_A=tile(256, 4096), **common,
+            BLOCK_G=block_g, BLOCK_A=tile(256, 4096), device=anchors.device,
         )  # fmt: skip
         best_of_gt = partial.amax(dim=2)
     block_a = tile(512, 1 << 16)
     launch(
         label_anchors_kernel, (-(-num_anchors // block_a), batch), anchors, gt_boxes, gt_count, best_of_gt,
         labels, matched_idx, num_anchors, num_gt, high_threshold, low_threshold,
-        LOW_QUALITY=low_quality, BLOCK_A=block_a, **common,
+        LOW_QUALITY=low_quality, BLOCK_A=block_a, device=anchors.device,
     )  # fmt: skip
     return labels, matched_idx
 

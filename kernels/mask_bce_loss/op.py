@@ -42,8 +42,8 @@ def mask_bce_loss(
     _check(logits, labels, targets, weights)
     backend = choose_backend(backend, logits)
     rows = (_rows if backend == "triton" else reference.mask_bce_rows)(logits, labels, targets)
-    occupied = (labels >= 0).to(rows.dtype)
-    weights = occupied if weights is None else occupied * weights.to(rows.dtype)
+    weights = torch.ones_like(rows) if weights is None else weights.to(rows.dtype)
+    weights = torch.where(labels >= 0, weights, 0)  # chosen, not multiplied: an empty slot's weight may be NaN
     return (weights * rows).sum() / weights.sum().clamp(min=1)
 
 

@@ -50,7 +50,7 @@ def _roi_on_level(
     ALIGNED: tl.constexpr,
 ):
     """Where a RoI lies: its image's map, that map's size, and start, bin size and samples a bin on both axes."""
-    batch = tl.load(rois_ptr + roi * 5).to(tl.int32)
+    batch = tl.load(rois_ptr + roi * 5)
     x1 = tl.load(rois_ptr + roi * 5 + 1)
     y1 = tl.load(rois_ptr + roi * 5 + 2)
     x2 = tl.load(rois_ptr + roi * 5 + 3)
@@ -62,14 +62,14 @@ def _roi_on_level(
     width = widths[0]
     scale = tl.zeros_like(x1) + SCALES[0]
     for i in tl.static_range(1, LEVELS):
-        if area >= THRESHOLDS[i - 1]:
+        if area >= tl.zeros_like(area) + THRESHOLDS[i - 1]:  # in the area's own precision
             map_ptr = maps[i]
             height = heights[i]
             width = widths[i]
             scale = tl.zeros_like(x1) + SCALES[i]
 
-    in_batch = (batch >= 0) & (batch < batch_size)
-    image = tl.where(in_batch, batch, 0).to(tl.int64)
+    in_batch = (batch >= 0) & (batch < batch_size)  # NaN is not
+    image = tl.where(in_batch, batch, 0.0).to(tl.int64)
     image_ptr = map_ptr + image * channels * height * width
     y_start, bin_height, y_grid = _roi_axis(y1, y2, scale, POOLED_H, SAMPLING_RATIO, ALIGNED)
     x_start, bin_width, x_grid = _roi_axis(x1, x2, scale, POOLED_W, SAMPLING_RATIO, ALIGNED)
@@ -110,10 +110,11 @@ def roi_align_forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Computes one [BLOCK_BINS, BLOCK_C] tile of one RoI's output."""
-    roi = tl.program_id(0).to(tl.int64)
-    bins = tl.program_id(1) * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     BINS: tl.constexpr = POOLED_H * POOLED_W
+    TILES: tl.constexpr = (BINS + BLOCK_BINS - 1) // BLOCK_BINS
+    roi = (tl.program_id(0) // TILES).to(tl.int64)
+    bins = (tl.program_id(0) % TILES) * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     out_mask = (bins < BINS)[:, None] & (channel < channels)[None, :]
 
     image_ptr, height, width, y_start, bin_height, y_grid, x_start, bin_width, x_grid = _roi_on_level(
@@ -173,10 +174,11 @@ def roi_align_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Adds one [BLOCK_BINS, BLOCK_C] tile of one RoI's gradient to the cells that its samples read."""
-    roi = tl.program_id(0).to(tl.int64)
-    bins = tl.program_id(1) * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
-    channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     BINS: tl.constexpr = POOLED_H * POOLED_W
+    TILES: tl.constexpr = (BINS + BLOCK_BINS - 1) // BLOCK_BINS
+    roi = (tl.program_id(0) // TILES).to(tl.int64)
+    bins = (tl.program_id(0) % TILES) * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     out_mask = (bins < BINS)[:, None] & (channel < channels)[None, :]
 
     image_ptr, height, width, y_start, bin_height, y_grid, x_start, bin_width, x_grid = _roi_on_level(

@@ -45,12 +45,10 @@ def _constants(
     }
 
 
-def _grid(shape: Sequence[int], constants: dict) -> tuple[int, int, int]:
-    return (
-        shape[0],
-        -(-shape[2] * shape[3] // constants["BLOCK_BINS"]),
-        -(-shape[1] // constants["BLOCK_C"]),
-    )
+def _grid(shape: Sequence[int], constants: dict) -> tuple[int, int]:
+    """(RoI and tile of its bins, tile of the channels): only the first axis of a grid can be longer than 65,535."""
+    tiles = -(-shape[2] * shape[3] // constants["BLOCK_BINS"])
+    return shape[0] * tiles, -(-shape[1] // constants["BLOCK_C"])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::roi_align_forward", mutates_args=())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -33,7 +34,7 @@ def roi_align(
         spatial_scale: feature cells a unit of box coordinates.
         sampling_ratio: samples a bin and axis; <= 0 takes ceil(RoI size / bins) for each RoI.
         aligned: shift by half a cell, as detectron2 does; without it RoIs are at least one cell wide and high.
-        backend: see `BACKENDS`. On a CPU "auto" is torchvision, or PyTorch for bf16, which torchvision lacks.
+        backend: see `BACKENDS`. On a CPU "auto" is torchvision, which computes half types in fp32.
 
     Returns:
         [K, C, height, width] in the input's dtype, channels_last where the input is (torchvision's backend always
@@ -90,8 +91,8 @@ def multiscale_roi_align(
                 + ", ".join(f"{tuple(f.shape)} {f.dtype}" for f in features)
             )
     scales = [float(s) for s in scales]
-    if any(b >= a for a, b in pairwise(scales)):
-        raise ValueError(f"scales must decrease from level to level, got {scales}")
+    if not all(abs(fine / coarse - 2) < 1e-6 for fine, coarse in pairwise(scales) if coarse):
+        raise ValueError(f"each scale must be half the one before it, got {scales}")
     return _pool(
         list(features), rois, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level, backend
     )
@@ -112,31 +113,31 @@ def _pool(
     check_tensor(rois, "rois", 2, last=5)
     check_same_device(rois=rois, **{f"features[{i}]": f for i, f in enumerate(features)})
     size = pair(output_size, "output_size")
-    if scales[0] <= 0:
-        raise ValueError(f"spatial_scale must be positive, got {scales[0]}")
+    if not all(0 < s < math.inf for s in scales):
+        raise ValueError(f"spatial_scale and scales must be positive and finite, got {scales}")
+    if not isinstance(sampling_ratio, int):
+        raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
     if any(0 in f.shape[1:] for f in features):
         raise ValueError(f"features must not be empty, got shapes {[tuple(f.shape) for f in features]}")
     check_indices(rois[:, 0], features[0].shape[0], "batch indices (rois[:, 0])")
 
     dtype = features[0].dtype
     rois = rois.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    backend = choose_backend(
-        _deterministic(backend, features), rois, on_cpu="torch" if dtype == torch.bfloat16 else "torchvision"
-    )
+    # Triton's backward adds with atomics, in any order: not where the result has to be reproducible.
+    atomics = torch.is_grad_enabled() and any(f.requires_grad for f in features)
+    on_gpu = "torch" if atomics and torch.are_deterministic_algorithms_enabled() else "triton"
+    backend = choose_backend(backend, rois, on_cpu="torchvision", on_gpu=on_gpu)
     options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     if backend == "triton":
+        if any(f[0].numel() >= 2**31 for f in features if len(f)):
+            raise ValueError("backend='triton' takes maps of less than 2**31 elements an image; use backend='torch'")
         return roi_align_forward(features, rois, *size, *options)
     if backend == "torchvision":
         return _torchvision(features, rois, size, *options)
-    out = reference.multiscale_roi_align(features, rois, size, *options)
+    with torch.autocast(rois.device.type, enabled=False):  # the dtypes are chosen already
+        out = reference.multiscale_roi_align(features, rois, size, *options)
     # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
     return out.contiguous(memory_format=memory_format(is_channels_last(features)))
-
-
-def _deterministic(backend: str, features: list[Tensor]) -> str:
-    """Turn "auto" into "torch" where the result has to be reproducible and atomics would not be."""
-    atomics = features[0].is_cuda and torch.is_grad_enabled() and any(f.requires_grad for f in features)
-    return "torch" if backend == "auto" and atomics and torch.are_deterministic_algorithms_enabled() else backend
 
 
 def _rois_from_list(boxes: Sequence[Tensor]) -> Tensor:
@@ -160,16 +161,13 @@ def _torchvision(
     """torchvision's op on each level in turn, as its MultiScaleRoIAlign does."""
     from torchvision.ops import roi_align as op
 
-    levels = reference.assign_levels(rois, reference.level_thresholds(scales, canonical_scale, canonical_level))
-    rois = rois.to(features[0].dtype)  # torchvision wants one dtype
+    # torchvision computes coordinates in the features' dtype, and fp16 is half a pixel coarse at 512: not in halves.
+    dtype, features = features[0].dtype, [f.to(rois.dtype) for f in features]
     if len(features) == 1:
-        return op(features[0], rois, size, scales[0], sampling_ratio, aligned)
-    pooled = [
-        op(f, rois[levels == i], size, s, sampling_ratio, aligned)
-        for i, (f, s) in enumerate(zip(features, scales, strict=True))
-    ]
-    # Under autocast torchvision returns fp32 whatever went in, so the results decide the dtype.
-    out = pooled[0].new_zeros(len(rois), *pooled[0].shape[1:])
-    for i, p in enumerate(pooled):
-        out[levels == i] = p
-    return out
+        return op(features[0], rois, size, scales[0], sampling_ratio, aligned).to(dtype)
+    levels = reference.assign_levels(rois, reference.level_thresholds(scales, canonical_scale, canonical_level))
+    out = features[0].new_zeros(len(rois), features[0].shape[1], *size)
+    for i, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+        index = torch.where(levels == i)[0]
+        out[index] = op(feature, rois[index], size, scale, sampling_ratio, aligned)
+    return out.to(dtype)

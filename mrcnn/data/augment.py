@@ -11,6 +11,17 @@ from ..errors import ConfigError
 SCALES = (0.8, 0.84, 0.88, 0.92, 0.96, 1.0)
 
 
+class _ShortestSize(v2.RandomShortestSize):
+    """Resize the shorter side to one of the sizes; neither side of a very long image becomes 0 pixels.
+
+    With one size it is v2.Resize without its demand that max_size be larger than the size.
+    """
+
+    def make_params(self, flat_inputs: list) -> dict:
+        size = super().make_params(flat_inputs)["size"]
+        return {"size": tuple(max(1, side) for side in size)}
+
+
 def build_transform(train: bool, image_size: int, max_size: int, augment: bool = True) -> v2.Transform:
     """Build the transform from a data set's (image, target) to what the model sees.
 
@@ -40,8 +51,7 @@ def build_transform(train: bool, image_size: int, max_size: int, augment: bool =
     if image_size:
         scales = SCALES if train and augment else (1.0,)
         sizes = [max(1, round(image_size * scale)) for scale in scales]
-        # With one size it is v2.Resize, without its demand that max_size be larger than the size.
-        steps.append(v2.RandomShortestSize(sizes, max_size=max_size, antialias=True))
+        steps.append(_ShortestSize(sizes, max_size=max_size, antialias=True))
     # Rounding can leave a box a fraction of a pixel outside; sanitizing would then remove the object.
     steps += [
         v2.ClampBoundingBoxes(),

@@ -174,14 +174,14 @@ class CocoDataset(Dataset):
             What the transform makes of (image, target). The image is uint8 `[3, h, w]` RGB. The target holds
             `boxes` tv_tensors.BoundingBoxes float32 `[n, 4]` xyxy in pixels, inside the image; `labels` int64
             `[n]`, 1..K-1; `masks` tv_tensors.Mask uint8 `[n, h, w]` in {0, 1}; `image_id` int;
-            `original_size` (h, w).
+            `original_size` (h, w); `replaced` int, damaged images that this one stands for.
 
         Raises:
             DataError: the file is damaged or not of the size that the JSON says (unless `skip_broken`).
         """
         first = range(len(self))[index]
-        for step in range(len(self)):
-            record = self._records[(first + step) % len(self)]
+        for replaced in range(len(self)):
+            record = self._records[(first + replaced) % len(self)]
             try:
                 image = _read_sized(self.images / record.file_name, record.height, record.width)
             except DataError as error:
@@ -190,7 +190,7 @@ class CocoDataset(Dataset):
                 self.broken[record.file_name] += 1
                 warnings.warn(f"{error} (the next image takes its place)", stacklevel=2)
                 continue
-            target = _target(record)
+            target = _target(record) | {"replaced": replaced}
             return self.transform(image, target) if self.transform else (image, target)
         raise DataError(f"none of the {len(self)} images in {self.images} can be read.")
 
@@ -234,15 +234,15 @@ class CocoDataset(Dataset):
                 raise DataError(f"{what} names image id {image_id!r}, which is not among its images.")
             if not _is_integer(category_id) or category_id not in labels:
                 raise DataError(f"{what} names category id {category_id!r}, which is not among its categories.")
-            if annotation.get("iscrowd", 0):
-                self.crowds += 1
-                continue
             record = records[image_id]
             try:
                 box, counts = _box_and_counts(annotation, record.height, record.width)
             except _UnusableError as error:
                 self.skipped[str(error)] += 1
                 self._skipped_positions.add(position)
+                continue
+            if annotation.get("iscrowd", 0):
+                self.crowds += 1
                 continue
             record.boxes.append(box)
             record.labels.append(labels[category_id])

@@ -53,6 +53,7 @@ class Collate:
             image_ids=[target["image_id"] for target in targets],
             original_sizes=[tuple(target["original_size"]) for target in targets],
             targets=targets_from_lists(targets, self.max_objects),
+            replaced=sum(target.get("replaced", 0) for target in targets),
         )
 
     def _pad(self, images: Sequence[Tensor]) -> Tensor:

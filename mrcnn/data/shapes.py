@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
+from ..errors import ConfigError
 from .coco import mask_api
 
 MIN_OBJECTS, MAX_OBJECTS = 2, 7
@@ -44,10 +45,10 @@ class ShapesDataset(Dataset):
             transform: called with (image, target), as torchvision.transforms.v2 transforms are.
 
         Raises:
-            ValueError: a length below 1 or an image_size below 32.
+            ConfigError: a length below 1 or an image_size below 32.
         """
         if length < 1 or image_size < 32:
-            raise ValueError(f"need length >= 1 and image_size >= 32, got {length} and {image_size}")
+            raise ConfigError(f"shapes need length >= 1 and image_size >= 32, got {length} and {image_size}")
         self.length, self.image_size, self.seed, self.transform = length, image_size, seed, transform
         self.class_names = list(type(self).class_names)
         self.category_ids = list(range(len(self.class_names)))

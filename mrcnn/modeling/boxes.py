@@ -35,26 +35,28 @@ def grid_anchors(grid_sizes: Sequence[tuple[int, int]], image_size: tuple[int, i
     return torch.cat(levels)
 
 
-def encode(boxes: Tensor, references: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+def encode(boxes: Tensor, references: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Deltas (dx, dy, dw, dh) that move `references` onto `boxes`, both [..., 4] xyxy; torchvision's BoxCoder.
 
-    A reference without width or height (an empty slot) gives zeros rather than NaN.
+    `weights` multiply (dx, dy) and (dw, dh). A reference without width or height (an empty slot) gives zeros rather
+    than NaN.
     """
     center, size = _center_size(boxes)
     reference_center, reference_size = _center_size(references)
     empty = (reference_size <= 0).any(-1, keepdim=True) | (size <= 0).any(-1, keepdim=True)
     reference_size = torch.where(empty, 1.0, reference_size)
     size = torch.where(empty, 1.0, size)
-    deltas = torch.cat([(center - reference_center) / reference_size, torch.log(size / reference_size)], dim=-1)
-    return torch.where(empty, 0.0, deltas * deltas.new_tensor(weights))
+    shift = (center - reference_center) / reference_size * weights[0]
+    scale = torch.log(size / reference_size) * weights[1]
+    return torch.where(empty, 0.0, torch.cat([shift, scale], dim=-1))
 
 
-def decode(deltas: Tensor, references: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+def decode(deltas: Tensor, references: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Inverse of `encode`, with dw and dh limited to `MAX_LOG_SCALE`."""
-    deltas = deltas.float() / torch.tensor(weights, dtype=torch.float32, device=deltas.device)
+    shift, scale = deltas[..., :2].float() / weights[0], deltas[..., 2:].float() / weights[1]
     center, size = _center_size(references)
-    center = deltas[..., :2] * size + center
-    half = torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * size / 2
+    center = shift * size + center
+    half = torch.exp(scale.clamp(max=MAX_LOG_SCALE)) * size / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 

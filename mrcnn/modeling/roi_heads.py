@@ -17,7 +17,7 @@ from .boxes import encode, take
 from .mask_targets import mask_targets
 from .sampling import sample
 
-BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas (dx, dy, dw, dh)
+BOX_WEIGHTS = (10.0, 5.0)  # of the deltas (dx, dy) and (dw, dh)
 STRIDES = (4, 8, 16, 32)  # P2..P5, the levels that RoIs are pooled from
 
 
@@ -61,14 +61,15 @@ def box_loss(logits: Tensor, deltas: Tensor, rois: RoISample, targets: Targets) 
     drawn, positive = labels >= 0, labels > 0
     number = drawn.sum().clamp(min=1)
     labels = labels.clamp(min=0)
+    # Replaced before the losses: NaN in an empty slot times a zero gradient is still NaN.
+    logits, deltas = torch.where(drawn[:, None], logits, 0), torch.where(drawn[:, None, None], deltas, 0)
     entropy = F.cross_entropy(logits, labels, reduction="none")
     wanted = encode(take(targets.boxes, rois.matched), rois.boxes, BOX_WEIGHTS).flatten(0, 1)
     own = deltas[torch.arange(len(labels), device=labels.device), labels]
     error = F.smooth_l1_loss(own, wanted, beta=1 / 9, reduction="none").sum(-1)
-    # Chosen, not multiplied: an empty slot's NaN would survive a product with zero.
     return {
-        "loss_class": torch.where(drawn, entropy, 0).sum() / number,
-        "loss_box": torch.where(positive, error, 0).sum() / number,
+        "loss_class": (entropy * drawn).sum() / number,
+        "loss_box": (error * positive).sum() / number,
     }
 
 

@@ -104,6 +104,7 @@ def propose(
         boxes[:, level, :found] = decode(take(deltas, index), anchors[index])
     boxes = clip(boxes, sizes)
     valid = (scores >= 0) & (boxes[..., 2:] - boxes[..., :2] >= MIN_SIZE).all(-1)
+    boxes = torch.where(valid[..., None], boxes, 0.0)  # a diverged model's NaN must not reach an index
     keep = nms_mask(boxes.flatten(0, 1), valid.flatten(0, 1), config.rpn_nms_threshold).view_as(valid)
 
     scores = torch.where(keep, scores, -1.0).flatten(1)

@@ -26,11 +26,11 @@ def sample(labels: Tensor, size: int, positive_fraction: float) -> tuple[Tensor,
         index int64 [B, S] of the candidates with S = min(size, R), positives first; drawn bool [B, S], False in
         slots left over; positive bool [B, S].
     """
+    positives = min(int(size * positive_fraction), labels.shape[1])
     size = min(size, labels.shape[1])
-    positives = min(int(size * positive_fraction), size)
     key = random_keys(labels)
     chance, index = torch.where(labels > 0, key, -1).topk(positives, dim=1)
-    # Priority: chosen positives in (1, 3), negatives in [0, 1), everything else negative.
+    # Priority: chosen positives in [2, 3), negatives in [0, 1), everything else negative.
     priority = torch.where(labels == 0, key, -1)
     priority = priority.scatter(1, index, torch.where(chance >= 0, chance + 2, priority.gather(1, index)))
     chosen, index = priority.topk(size, dim=1)

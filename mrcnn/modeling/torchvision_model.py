@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
@@ -31,7 +32,7 @@ _NAMES = (
 
 
 def from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of torchvision's `maskrcnn_resnet50_fpn` under this project's names."""
+    """The `state_dict()` of torchvision's `maskrcnn_resnet50_fpn` under this project's names."""
     renamed = {}
     for name, value in state_dict.items():
         for pattern, replacement in _NAMES:
@@ -74,7 +75,7 @@ class TorchvisionMaskRCNN(nn.Module):
             raise ValueError("targets must be given in training mode")
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
-        sizes = batch.tensors.new_tensor(batch.image_sizes).long()
+        sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)
         if self.training:
             losses = self.model(batch.tensors, sizes, targets_from_lists(targets))
             return {self.LOSSES[name]: value for name, value in losses.items()}

@@ -1,5 +1,6 @@
 """Choosing an implementation, and the folder on its own: without Triton, and under another name."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ KERNELS = Path(kernels.__file__).parent
 
 def run(code: str, path: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run Python code in a fresh process that imports from `path`."""
-    env = {"PYTHONPATH": str(path), "PATH": "", "HOME": str(path), **environment}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(path), **environment}
     return subprocess.run([sys.executable, "-c", code], cwd=path, env=env, capture_output=True, text=True, timeout=300)
 
 

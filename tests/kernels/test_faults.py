@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 FAULTS = [
     ("roi_align_forward_kernel", "roi_align", "(wy_low * wx_high)[", "(wy_low * wx_low)[", "forward_is_as_exact"),
     ("roi_align_backward_kernel", "roi_align", "(wy_high * wx_low)[", "(wy_high * wx_high)[", "torchvisions_pooler"),
-    ("_roi_on_level", "roi_align", ">= THRESHOLDS[i - 1]", ">= THRESHOLDS[i - 1] * 1.5", "torchvisions_pooler"),
+    ("_roi_on_level", "roi_align", "(area) + THRESHOLDS[i - 1]", "(area) + THRESHOLDS[i - 1] * 1.0001", "levels_at"),
     ("_sample_axis", "roi_align", "position >= -1.0", "position >= 0.0", "samples_at_the_border"),
     ("box_iou_kernel", "box_iou", "to(tl.int64))[:, None] * m", "to(tl.int64))[:, None] * n", "bit_equal"),
     ("box_iou_backward_kernel", "box_iou", "-by_union * iou", "by_union * iou", "gradient_at_ties"),

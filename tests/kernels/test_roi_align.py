@@ -94,15 +94,19 @@ def test_sample_outside_the_map_ignores_infinities_in_it(backend, device):
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch", "torchvision", "auto"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2**-7)])
-def test_half_types_accumulate_in_fp32(dtype, tolerance, device):
-    # Against the fp32 result of the same rounded features: only the last rounding may differ. (Triton's
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_types_compute_in_fp32(dtype, tolerance, backend, autocast, device):
+    # Coordinates far from the origin, where fp16 is half a pixel coarse: only the result may be rounded. (Triton's
     # interpreter truncates to bf16, hence a full unit in the last place there.)
-    features = torch.randn(2, 4, 16, 16).to(dtype)
-    rois = random_rois(5, 2, 16)
-    ours = roi_align(features.to(device), rois.to(device), 3, 1.0, 2, backend="triton")
-    assert ours.dtype == dtype
+    features = torch.randn(2, 4, 8, 400).to(dtype)
+    rois = random_rois(5, 2, 8)
+    rois[:, [1, 3]] += 380
     truth = roi_align(features.double(), rois.double(), 3, 1.0, 2, backend="torch")
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        ours = roi_align(features.to(device), rois.to(device), 3, 1.0, 2, backend=backend)
+    assert ours.dtype == dtype
     torch.testing.assert_close(ours.cpu().double(), truth, rtol=tolerance, atol=tolerance / 8)
 
 
@@ -113,7 +117,8 @@ def test_gradcheck(sampling_ratio, layout, device):
     features = torch.randn(2, 2, 5, 6, dtype=torch.float64, device=device).contiguous(memory_format=layout)
     rois = random_rois(3, 2, 6, torch.float64).to(device)
     function = lambda x: roi_align(x, rois, 2, 0.7, sampling_ratio, backend="triton")
-    assert torch.autograd.gradcheck(function, features.requires_grad_(), fast_mode=True)
+    # nondet_tol: on a GPU atomics add in any order.
+    assert torch.autograd.gradcheck(function, features.requires_grad_(), fast_mode=True, nondet_tol=1e-12)
 
 
 def test_multiscale_gradcheck(device):
@@ -123,7 +128,7 @@ def test_multiscale_gradcheck(device):
     rois = torch.stack([torch.tensor([1.0, 0, 1, 0]), side * 0, side * 0, side, side], dim=1).to(device)
     function = lambda *maps: multiscale_roi_align(maps, rois, 2, SCALES, canonical_scale=112, backend="triton")
     assert reference.assign_levels(rois, reference.level_thresholds(SCALES, 112, 4)).tolist() == [0, 1, 2, 3]
-    assert torch.autograd.gradcheck(function, features, fast_mode=True)
+    assert torch.autograd.gradcheck(function, features, fast_mode=True, nondet_tol=1e-12)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -149,14 +154,24 @@ def test_multiscale_is_torchvisions_pooler(layout, device):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-def test_levels_at_the_thresholds():
-    # The epsilon of torchvision's formula moves the border a little below 112, 224 and 448.
-    side = torch.tensor([1.0, 111.999, 112.0, 223.9, 223.9999, 224.0, 447.9, 448.0, 5000.0])
-    rois = torch.stack([side * 0, side * 0, side * 0, side, side], dim=1)
-    levels = reference.assign_levels(rois, reference.level_thresholds(SCALES, 224, 4))
-    assert levels.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 3]
-    inverted = torch.tensor([[0, 0, 0, -300.0, 300.0], [0, 0, 0, 0.0, 900.0], [0, 0, 0, float("nan"), 1.0]])
-    assert reference.assign_levels(inverted, reference.level_thresholds(SCALES, 224, 4)).tolist() == [0, 0, 0]
+# The epsilon of torchvision's formula moves the border a little below 112, 224 and 448. A box without positive area
+# is undefined there; here it belongs to the lowest level.
+SIDES = [1.0, 111.999, 112.0, 223.9, 223.9999, 224.0, 447.9, 448.0, 5000.0, 0.0, -300.0, float("nan")]
+SIDE_LEVELS = [0, 0, 1, 1, 2, 2, 2, 3, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_levels_at_the_thresholds(dtype, device):
+    # The kernel chooses for itself: every level's map is filled with the level's number.
+    side = torch.tensor(SIDES, dtype=dtype)
+    rois = torch.stack([side * 0, side * 0, side * 0, side.abs(), side], dim=1).nan_to_num_(0).to(device)
+    rois[-1, 3] = float("nan")
+    assert reference.assign_levels(rois, reference.level_thresholds(SCALES, 224, 4)).tolist() == SIDE_LEVELS
+    maps = [torch.full((1, 1, 200, 200), level + 1.0, dtype=dtype, device=device) for level in range(4)]
+    pooled = multiscale_roi_align(maps, rois, 1, SCALES, backend="triton").flatten()
+    found = pooled[:9].round() - 1
+    assert found.tolist()[:-1] == SIDE_LEVELS[:8]  # the last one leaves its map
+    assert pooled[9] == pooled[10] == 1.0 and pooled[11] == 0
 
 
 def test_levels_are_torchvisions_on_many_boxes():
@@ -203,7 +218,7 @@ def test_boxes_as_a_list_an_image(device):
     torch.testing.assert_close(ours.cpu(), torchvision.ops.roi_align(features.cpu(), boxes, (2, 3), 1.0, 2))
 
 
-@pytest.mark.parametrize("batch", [-1.0, 2.0, 1e9])
+@pytest.mark.parametrize("batch", [-1.0, 2.0, 1e9, float("nan")])
 def test_batch_index_out_of_range(batch, device):
     # On a GPU nobody may wait to look, so the kernel itself must not read outside; checked by calling it directly.
     features = torch.ones(2, 2, 4, 4, device=device)
@@ -262,8 +277,12 @@ def test_compiles_into_one_graph(device):
         ({"boxes": [torch.zeros(3, 5)]}, ValueError, r"boxes\[0\] must have 2 dimensions, the last of size 4"),
         ({"boxes": torch.zeros(3, 5, dtype=torch.int32)}, TypeError, "rois must be float16"),
         ({"boxes": torch.zeros(3, 5, device="meta")}, ValueError, "all tensors must be on one device"),
-        ({"output_size": 0}, ValueError, "output_size must be positive"),
-        ({"spatial_scale": 0.0}, ValueError, "spatial_scale must be positive"),
+        ({"output_size": 0}, ValueError, "output_size must be a positive integer or two of them"),
+        ({"output_size": (7, 2.5)}, ValueError, "output_size must be a positive integer or two of them"),
+        ({"output_size": None}, ValueError, "output_size must be a positive integer or two of them"),
+        ({"spatial_scale": 0.0}, ValueError, "spatial_scale and scales must be positive and finite"),
+        ({"spatial_scale": float("nan")}, ValueError, "spatial_scale and scales must be positive and finite"),
+        ({"sampling_ratio": 2.0}, TypeError, "sampling_ratio must be an integer"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
     ],
 )
@@ -277,8 +296,12 @@ def test_bad_pyramids():
     maps, rois = [torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 4, 4)], torch.zeros(1, 5)
     with pytest.raises(ValueError, match="2 feature maps but 1 scales"):
         multiscale_roi_align(maps, rois, 2, [0.25])
-    with pytest.raises(ValueError, match="scales must decrease"):
+    with pytest.raises(ValueError, match="each scale must be half the one before"):
         multiscale_roi_align(maps, rois, 2, [0.125, 0.25])
+    with pytest.raises(ValueError, match="each scale must be half the one before"):
+        multiscale_roi_align(maps, rois, 2, [0.25, 0.0625])
+    with pytest.raises(ValueError, match="positive and finite"):
+        multiscale_roi_align(maps, rois, 2, [0.25, 0.0])
     with pytest.raises(ValueError, match="must share batch size, channels and dtype"):
         multiscale_roi_align([maps[0], torch.zeros(1, 3, 4, 4)], rois, 2, [0.25, 0.125])
     with pytest.raises(ValueError, match="non-empty list"):

@@ -44,12 +44,14 @@ def test_anchors_are_torchvisions():
     assert torch.equal(boxes.grid_anchors(grids, image, cells), expected)
 
 
-@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (10, 10, 5, 5)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (10.0, 5.0)])
 def test_deltas_are_torchvisions_and_invert(weights):
     # The RPN's and the box head's weights; decoding what was encoded gives the box back.
     wanted, references = random_boxes(50), random_boxes(50)
     deltas = boxes.encode(wanted, references, weights)
-    torch.testing.assert_close(deltas, BoxCoder(weights).encode([wanted], [references])[0])
+    torch.testing.assert_close(
+        deltas, BoxCoder((weights[0], weights[0], weights[1], weights[1])).encode([wanted], [references])[0]
+    )
     torch.testing.assert_close(boxes.decode(deltas, references, weights), wanted)
     huge = torch.tensor([[0.0, 0.0, 100.0, 100.0]])  # dw and dh beyond the limit: 62.5-fold, not infinite
     assert boxes.decode(huge, references[:1]).isfinite().all()
