@@ -106,6 +106,7 @@ def train(
         data=resolved.data if image_size is None else _with_image_size(resolved, image_size),
     )
     validate(resolved)
+    _check_folder(output)
     training, validation = _training_data(data, resolved, images, annotations, val_images, val_annotations)
     total = resolved.train.steps
     with _progress() as bar, use_backend(ops):
@@ -182,6 +183,7 @@ def predict(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Draw boxes, masks and names on images, and write the detections as COCO results."""
+    _check_folder(output)
     missing = [str(path) for path in image if not path.is_file()]
     if missing:
         raise DataError(f"no such image: {', '.join(missing)}")
@@ -218,6 +220,11 @@ def _check_same_classes(checkpoint: Checkpoint, dataset: CocoDataset | ShapesDat
 
 def _name(checkpoint: Checkpoint, entry: dict) -> str:
     return checkpoint.class_names[checkpoint.category_ids.index(entry["category_id"], 1)]
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--output {path} is a file; a folder is wanted")
 
 
 def _with_image_size(config: Config, image_size: int) -> DataConfig:

@@ -47,7 +47,6 @@ def evaluation_loader(dataset: Dataset, config: Config) -> DataLoader:
         num_workers=config.train.workers,
         collate_fn=Collate(dataset.max_objects),
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, so that evaluating does not change the training that follows
     )
 
 
@@ -67,10 +66,11 @@ def evaluate(
     results: list[dict] = []
     model.eval()
     try:
-        for batch in evaluation_loader(dataset, config):
-            for image_id, detections in detect(model, batch):
-                results += detections_to_coco(image_id, detections, dataset.category_ids)
-            on_batch(len(batch.image_ids))
+        with torch.random.fork_rng(devices=[]):  # so that evaluating does not change the training that follows
+            for batch in evaluation_loader(dataset, config):
+                for image_id, detections in detect(model, batch):
+                    results += detections_to_coco(image_id, detections, dataset.category_ids)
+                on_batch(len(batch.image_ids))
     finally:
         model.train(was_training)
     return evaluate_detections(dataset.ground_truth(), results, max_dets)

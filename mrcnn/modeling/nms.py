@@ -26,7 +26,7 @@ def nms_mask(boxes: Tensor, valid: Tensor, threshold: float) -> Tensor:
     """
     # torchvision compares fp32 with the double: the fp32 number at or below it decides alike.
     limit = np.float32(threshold)
-    limit = limit if limit <= threshold else np.nextafter(limit, np.float32(-1))
+    limit = limit if float(limit) <= threshold else np.nextafter(limit, np.float32(-1))
     suppresses = (box_iou(boxes, boxes) > float(limit)).triu_(1)  # [G, better, worse]
     keep = valid
     for _ in range(boxes.shape[1]):

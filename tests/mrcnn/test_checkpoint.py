@@ -61,6 +61,7 @@ def test_files_that_are_no_checkpoint(checkpoint, tmp_path):
     save_checkpoint(good, checkpoint)
     cases = {
         "text.pt": (b"hello", "cannot be read as a checkpoint"),
+        "notes.pt": (b"annotations for the run", "cannot be read as a checkpoint"),
         "empty.pt": (b"", "cannot be read as a checkpoint"),
         "truncated.pt": (good.read_bytes()[:-5000], "cannot be read as a checkpoint"),
         "bomb.pt": (pickle.dumps(Bomb()), "cannot be read as a checkpoint"),

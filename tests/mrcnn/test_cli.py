@@ -1,6 +1,7 @@
 """The commands, run as a user runs them, on data of a few images."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -123,6 +124,41 @@ def test_predict_writes_pictures_and_json(trained, coco, tmp_path):
         assert entry["segmentation"]["size"] == ([64, 64] if entry["image_id"] == 0 else [90, 50])
 
 
+def test_predict_goes_on_after_a_bad_file(trained, coco, tmp_path, capsys):
+    # A truncated photo among others: named, the others done, exit status 1.
+    bad = tmp_path / "bad.png"
+    bad.write_bytes((coco / "images" / "1.png").read_bytes()[:200])
+    files = [bad, coco / "images" / "2.png"]
+    assert run("predict", "--checkpoint", trained / "checkpoint.pt", *files, "--output", tmp_path / "out") == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0001_2.png", "predictions.json"]
+    assert "bad.png cannot be decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_in_evaluation_is_one_line(workers, trained, coco, tmp_path, capsys):
+    # Also out of a worker process, where the error arrives wrapped in a traceback.
+    shutil.copytree(coco, tmp_path / "coco")
+    (tmp_path / "coco" / "images" / "3.png").write_bytes(b"not a picture")
+    data = ["--images", tmp_path / "coco" / "images", "--annotations", tmp_path / "coco" / "annotations.json"]
+    assert run("evaluate", "--checkpoint", trained / "checkpoint.pt", *data, "--workers", workers) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and error[0].startswith("error: image ") and "3.png cannot be decoded" in error[0]
+
+
+def test_damaged_images_are_counted(coco, tmp_path, capsys):
+    # Training goes on, says how often, and the bad validation image does not end it either.
+    shutil.copytree(coco, tmp_path / "coco")
+    (tmp_path / "coco" / "images" / "3.png").write_bytes(b"not a picture")
+    data = [tmp_path / "coco" / "images", tmp_path / "coco" / "annotations.json"]
+    options = ["--images", data[0], "--annotations", data[1], "--val-images", data[0], "--val-annotations", data[1]]
+    with pytest.warns(UserWarning, match="3.png cannot be decoded"):
+        status = run("train", *SMALL, *options, "--steps", 4, *FEW_ROIS, "--output", tmp_path / "run")
+    errors = " ".join(capsys.readouterr().err.split())
+    assert status == 0 and "times a damaged image was replaced" in errors and "step 4: not evaluated: image" in errors
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["damaged_images"] >= 1 and "3.png" in lines[1]["evaluation_error"]
+
+
 def test_shapes_need_no_data(tmp_path):
     output = tmp_path / "shapes"
     small = ["--data", "shapes", *SMALL, "--steps", 1, *FEW_ROIS]
@@ -139,6 +175,9 @@ def test_shapes_need_no_data(tmp_path):
         (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "model.norm=ln"], "unknown norm 'ln'"),
         (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.optimizer=x"], "unknown optimizer"),
         (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.schedule=x"], "unknown schedule"),
+        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.log_every=0"], "at least 1"),
+        (["train", "--output", __file__, "--data", "shapes", *SMALL], "is a file; a folder is wanted"),
+        (["train", "--output", "OUT", "--data", "shapes", "--images", "x"], "--data shapes takes no images"),
         (["evaluate", "--checkpoint", "none.pt", "--data", "shapes"], "there is no checkpoint none.pt"),
         (["predict", "--checkpoint", "none.pt", "none.png", "--output", "OUT"], "no such image: none.png"),
         (["predict", "--checkpoint", "none.pt", __file__, "--output", "OUT"], "there is no checkpoint none.pt"),

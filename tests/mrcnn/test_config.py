@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mrcnn.config import CONFIGS, config_from_dict, load_config
+from mrcnn.config import CONFIGS, config_from_dict, load_config, validate
 from mrcnn.errors import ConfigError
 
 
@@ -53,6 +53,34 @@ def test_the_stored_configuration_can_be_used_again(tmp_path):
 def test_bad_overrides(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config("tiny", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=0", "train.batch_size must be at least 1, got 0"),
+        ("train.log_every=0", "train.log_every must be at least 1"),
+        ("train.seed=-1", "train.seed must be at least 0"),
+        ("model.mask_pool_size=0", "model.mask_pool_size must be at least 1"),
+        ("model.post_nms_top_n=[100, 0]", "model.post_nms_top_n must be at least 1"),
+        ("model.anchor_sizes=[8, 16, 32]", "model.anchor_sizes needs five sizes"),
+        ("model.roi_positive_fraction=0.0", r"model.roi_positive_fraction must be in \(0, 1\]"),
+        ("model.norm=ln", "unknown norm 'ln'; choose one of bn, frozen_bn, gn"),
+        ("train.schedule=x", "unknown schedule 'x'"),
+        ("train.optimizer=x", "unknown optimizer 'x'"),
+        ("data.max_size=10", "data.max_size 10 must not be below data.image_size 128"),
+        ("train.lr=-1.0", "must not be negative"),
+    ],
+)
+def test_values_that_cannot_work(override, message):
+    # Found before anything is built or written, not as a traceback or an untrained model later.
+    with pytest.raises(ConfigError, match=message):
+        validate(load_config("tiny", [override]))
+
+
+def test_the_named_configurations_work():
+    for config in CONFIGS.values():
+        assert validate(config) is config
 
 
 @pytest.mark.parametrize(

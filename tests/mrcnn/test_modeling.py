@@ -86,6 +86,15 @@ def test_nms_is_torchvisions_on_every_group(threshold):
     assert 0 < keep.sum() < valid.sum()
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+def test_nms_at_the_threshold(threshold):
+    # An IoU that is the threshold as fp32, which is above or below the threshold as a double: as torchvision on a CPU.
+    pair = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10 * threshold]]])
+    assert torchvision.ops.box_iou(*pair[0][:, None]).item() == torch.tensor(threshold).item()
+    expected = torchvision.ops.nms(pair[0], torch.tensor([0.9, 0.8]), threshold)
+    assert nms_mask(pair, torch.ones(1, 2, dtype=torch.bool), threshold).sum() == len(expected)
+
+
 def test_sampling_draws_what_torchvision_draws():
     # The balanced sampler's numbers: at most half positive, negatives fill up, never one index twice.
     labels = torch.full((3, 1000), -1)
@@ -104,6 +113,13 @@ def test_sampling_draws_what_torchvision_draws():
         assert torch.equal(labels[i, chosen] == 1, positive[i, drawn[i]])
         assert (labels[i, chosen] >= 0).all()
         assert positive[i].sum() == positive[i, : positive[i].sum()].sum()  # positives first
+
+
+def test_sampling_with_fewer_candidates_than_slots():
+    # The limit is a fraction of the slots, not of the candidates: torchvision draws all 40 positives here.
+    labels = torch.cat([torch.ones(1, 40), torch.zeros(1, 20)], dim=1)
+    index, drawn, positive = sample(labels, 512, 0.25)
+    assert index.shape == (1, 60) and drawn.sum() == 60 and positive.sum() == 40
 
 
 def test_sampling_is_uniform_and_seeded():
@@ -231,19 +247,21 @@ def test_bf16_autocast_with_the_triton_ops(device):
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
 def test_it_learns(norm):
-    # A few steps on one batch bring every loss but noise down, with each kind of normalisation.
+    # A few steps on one batch bring the loss down, with each kind of normalisation, and the mask loss with it.
     torch.manual_seed(0)
     batch = shapes_batch()
     model = MaskRCNN(dataclasses.replace(TINY, norm=norm)).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    totals = []
+    totals, masks = [], []
     for _ in range(12):
-        loss = sum(model(batch.images, batch.sizes, batch.targets).values())
+        losses = model(batch.images, batch.sizes, batch.targets)
+        loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         totals.append(loss.item())
-    assert totals[-1] < 0.7 * totals[0]
+        masks.append(losses["loss_mask"].item())
+    assert totals[-1] < 0.7 * totals[0] and masks[-1] < 0.7 * masks[0]
 
 
 def test_detections_lie_in_the_image_and_are_limited():
