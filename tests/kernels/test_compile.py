@@ -21,4 +21,4 @@ def test_compiles(target, tmp_path):
     command = [sys.executable, str(SCRIPT), target]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("ok ") == 20
+    assert result.stdout.count("ok ") == 26
