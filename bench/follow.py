@@ -152,7 +152,7 @@ def following_table(seen: Following, steps: int) -> Table:
     }
     table = Table(title=f"{steps} training steps in fp64 with the Triton kernels beside the reference")
     for column in ("op", "kernel", "launches", "worked on"):
-        table.add_column(column, justify="right" if column == "launches" else "left")
+        table.add_column(column, justify="right" if column == "launches" else "left", no_wrap=column == "kernel")
     for op, kernels in KERNELS.items():
         for kernel in kernels:
             table.add_row(op, kernel, str(seen.launches[kernel]), work.get(op, ""))
