@@ -147,12 +147,14 @@ def _watch_pooling(seen: Following) -> Iterator[None]:
 def following_table(seen: Following, steps: int) -> Table:
     """Every op's launches and what it worked on."""
     work = {
-        "multiscale_roi_align": f"{min(seen.rois)} to {max(seen.rois)} RoIs a call, on up to {max(seen.levels)} levels",
-        "label_anchors": f"{seen.anchors} anchors an image",
+        "multiscale_roi_align": f"{min(seen.rois)}-{max(seen.rois)} RoIs, {max(seen.levels)} levels",
+        "label_anchors": f"{seen.anchors} anchors",
     }
     table = Table(title=f"{steps} training steps in fp64 with the Triton kernels beside the reference")
     for column in ("op", "kernel", "launches", "worked on"):
-        table.add_column(column, justify="right" if column == "launches" else "left", no_wrap=column == "kernel")
+        table.add_column(
+            column, justify="right" if column == "launches" else "left", no_wrap=column in ("op", "kernel")
+        )
     for op, kernels in KERNELS.items():
         for kernel in kernels:
             table.add_row(op, kernel, str(seen.launches[kernel]), work.get(op, ""))
