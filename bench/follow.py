@@ -150,7 +150,10 @@ def following_table(seen: Following, steps: int) -> Table:
         "multiscale_roi_align": f"{min(seen.rois)}-{max(seen.rois)} RoIs, {max(seen.levels)} levels",
         "label_anchors": f"{seen.anchors} anchors",
     }
-    table = Table(title=f"{steps} training steps in fp64 with the Triton kernels beside the reference")
+    table = Table(
+        title=f"{steps} training steps in fp64 with the Triton kernels beside the reference",
+        caption="roi_align is multiscale_roi_align with one level: the same two kernels",
+    )
     for column in ("op", "kernel", "launches", "worked on"):
         table.add_column(
             column, justify="right" if column == "launches" else "left", no_wrap=column in ("op", "kernel")
