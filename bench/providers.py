@@ -21,7 +21,7 @@ from .workloads import ROI_OPS, Inputs
 PROVIDERS = ("triton", "torchvision", "torch", "torch.compile")
 BASELINES = PROVIDERS[1:]
 NO_TRITON_ON_CPU = "needs a GPU: interpreter speed says nothing about a GPU"
-NO_COMPILED_ROIS_ON_CPU = "takes half a minute a row to compile on a CPU: measured on a GPU only"
+NO_COMPILED_ROIS_ON_CPU = "the RoI ops take half a minute a row to compile on a CPU: measured on a GPU only"
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def check_same_device(**tensors: Tensor) -> None:
         )
 
 
-def check_indices(indices: Tensor, end: int, name: str, minimum: int = 0) -> None:
-    """Raise IndexError for an index outside [minimum, end), on the CPU only.
+def check_indices(indices: Tensor, end: int, name: str) -> None:
+    """Raise IndexError for an index outside [0, end), on the CPU only.
 
     On a GPU the check would stop the device; there the kernels never address outside their tensors, and each op's
     docstring says what an index out of range gives.
@@ -43,8 +43,8 @@ def check_indices(indices: Tensor, end: int, name: str, minimum: int = 0) -> Non
     if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = indices.min().item(), indices.max().item()
-    if not (low >= minimum and high < end):  # written so that NaN fails
-        raise IndexError(f"{name} must lie in [{minimum}, {end}), got {low:g} to {high:g}")
+    if not (low >= 0 and high < end):  # written so that NaN fails
+        raise IndexError(f"{name} must lie in [0, {end}), got {low:g} to {high:g}")
 
 
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from .errors import CheckpointError, ConfigError, DataError
 from .evaluation import detections_to_coco, format_table
 from .inference import evaluate as evaluate_model
 from .predict import predict as predict_file
+from .train import check_output
 from .train import train as train_model
 from .visualize import draw_detections
 
@@ -106,8 +107,11 @@ def train(
         data=resolved.data if image_size is None else _with_image_size(resolved, image_size),
     )
     validate(resolved)
-    _check_folder(output)
+    check_output(output)
+    chosen = _device(device, ops)
     training, validation = _training_data(data, resolved, images, annotations, val_images, val_annotations)
+    if chosen.type == "cpu" and resolved.model.backbone == "resnet50":
+        console.print("this configuration takes minutes a step on a CPU; --config tiny is meant for one")
     total = resolved.train.steps
     with _progress() as bar, use_backend(ops):
         task = bar.add_task("training", total=total, status="")
@@ -126,7 +130,7 @@ def train(
                 box, mask = metrics["bbox_AP50"], metrics["segm_AP50"]
                 bar.console.print(f"step {step}: box AP50 {box:.3f}, mask AP50 {mask:.3f}")
 
-        train_model(training, resolved, output, _device(device, ops), validation, on_step)
+        train_model(training, resolved, output, chosen, validation, on_step)
     if damaged:
         console.print(f"{damaged} times a damaged image was replaced by the next one; the warnings name the files")
     console.print(f"wrote {output / 'checkpoint.pt'}, config.json and metrics.jsonl")
@@ -183,10 +187,11 @@ def predict(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Draw boxes, masks and names on images, and write the detections as COCO results."""
-    _check_folder(output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; a folder is wanted")
     missing = [str(path) for path in image if not path.is_file()]
     if missing:
-        raise DataError(f"no such image: {', '.join(missing)}")
+        raise DataError(f"no such image file: {', '.join(missing)}")
     loaded = load_checkpoint(checkpoint, _device(device, ops))
     output.mkdir(parents=True, exist_ok=True)
     results, failed = [], 0
@@ -206,7 +211,10 @@ def predict(
                 results.append({"file_name": str(path), "category": _name(loaded, entry), **entry})
             bar.advance(task)
     (output / "predictions.json").write_text(json.dumps(results) + "\n")
-    console.print(f"{len(results)} detections in {len(image) - failed} images; wrote {output}")
+    console.print(
+        f"{len(results)} detections with a score above {score_threshold} (--score-threshold) in "
+        f"{len(image) - failed} images; wrote {output}"
+    )
     if failed:
         raise typer.Exit(1)
 
@@ -220,11 +228,6 @@ def _check_same_classes(checkpoint: Checkpoint, dataset: CocoDataset | ShapesDat
 
 def _name(checkpoint: Checkpoint, entry: dict) -> str:
     return checkpoint.class_names[checkpoint.category_ids.index(entry["category_id"], 1)]
-
-
-def _check_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--output {path} is a file; a folder is wanted")
 
 
 def _with_image_size(config: Config, image_size: int) -> DataConfig:

@@ -123,8 +123,7 @@ def train(
     """
     if len(dataset) == 0:
         raise DataError("the training set has no images")
-    if (output / "checkpoint.pt").exists():
-        raise ConfigError(f"{output} holds the checkpoint of another run: choose another folder, or move that one away")
+    check_output(output)
     settings = config.train
     torch.manual_seed(settings.seed)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=len(dataset.class_names)))
@@ -163,6 +162,14 @@ def train(
             on_step(step, metrics)
     model.eval()
     return checkpoint
+
+
+def check_output(output: Path) -> None:
+    """Raise ConfigError unless a run can write to the folder `output`, which need not exist."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output {output} is a file; a folder is wanted")
+    if (output / "checkpoint.pt").exists():
+        raise ConfigError(f"{output} already holds a checkpoint.pt, and runs cannot be resumed: choose another folder")
 
 
 def _evaluate(model: MaskRCNN, validation: Dataset, config: Config, step: int, log: TextIO) -> dict:

@@ -49,7 +49,8 @@ def draw_detections(
     colours = _colours(len(boxes))
     if masks is not None:
         dense = _enlarge(masks.detach().cpu().as_subclass(Tensor).ne(0), factor)
-        canvas = draw_segmentation_masks(canvas, dense, alpha=0.45, colors=colours)
+        for mask, colour in zip(dense, colours, strict=True):  # one at a time: torchvision blackens overlaps
+            canvas = draw_segmentation_masks(canvas, mask, alpha=0.45, colors=[colour])
     width = max(2, round(max(canvas.shape[-2:]) / 400))
     picture = F.to_pil_image(draw_bounding_boxes(canvas, boxes, colors=colours, width=width))
     _write_captions(picture, boxes.tolist(), _captions(labels, scores, class_names), colours)

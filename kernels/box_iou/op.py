@@ -26,9 +26,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
     """
-    ndim = boxes1.ndim if isinstance(boxes1, Tensor) and boxes1.ndim == 3 else 2
-    check_tensor(boxes1, "boxes1", ndim, last=4)
-    check_tensor(boxes2, "boxes2", ndim, last=4)
+    ndim = 3 if all(isinstance(b, Tensor) and b.ndim == 3 for b in (boxes1, boxes2)) else 2
+    check_tensor(boxes1, "boxes1 (unless both are batched)", ndim, last=4)
+    check_tensor(boxes2, "boxes2 (unless both are batched)", ndim, last=4)
     check_same_device(boxes1=boxes1, boxes2=boxes2)
     if boxes1.dtype != boxes2.dtype:
         raise TypeError(f"boxes1 and boxes2 must share a dtype, got {boxes1.dtype} and {boxes2.dtype}")

@@ -71,7 +71,7 @@ def _check(logits: Tensor, labels: Tensor, targets: Tensor, weights: Tensor | No
             raise ValueError(f"weights must have shape [{n}], got {tuple(weights.shape)}")
         extra["weights"] = weights
     check_same_device(logits=logits, labels=labels, targets=targets, **extra)
-    check_indices(labels, k, "labels", minimum=torch.iinfo(torch.int64).min)
+    check_indices(labels.clamp(min=0), k, "labels (negative ones aside)")
 
 
 def _constants(logits: Tensor) -> dict:

@@ -87,13 +87,18 @@ def test_opcheck(device):
 @pytest.mark.parametrize(
     ("a", "b", "error", "message"),
     [
-        (torch.zeros(3, 5), torch.zeros(2, 4), ValueError, "boxes1 must have 2 dimensions, the last of size 4"),
-        (torch.zeros(3, 4), torch.zeros(1, 2, 4), ValueError, "boxes2 must have 2 dimensions"),
+        (torch.zeros(3, 5), torch.zeros(2, 4), ValueError, r"boxes1 .* must have 2 dimensions, the last of size 4"),
+        (
+            torch.zeros(3, 4),
+            torch.zeros(1, 2, 4),
+            ValueError,
+            r"boxes2 \(unless both are batched\) must have 2",
+        ),
         (torch.zeros(3, 2, 4), torch.zeros(1, 2, 4), ValueError, "batch sizes differ"),
-        (torch.zeros(3, 4).int(), torch.zeros(2, 4), TypeError, "boxes1 must be float16"),
+        (torch.zeros(3, 4).int(), torch.zeros(2, 4), TypeError, "boxes1 .* must be float16"),
         (torch.zeros(3, 4), torch.zeros(2, 4).half(), TypeError, "must share a dtype"),
         (torch.zeros(3, 4), torch.zeros(2, 4, device="meta"), ValueError, "all tensors must be on one device"),
-        (None, torch.zeros(2, 4), TypeError, "boxes1 must be a tensor, got NoneType"),
+        (None, torch.zeros(2, 4), TypeError, "boxes1 .* must be a tensor, got NoneType"),
     ],
 )
 def test_bad_arguments(a, b, error, message):

@@ -179,7 +179,7 @@ def test_shapes_need_no_data(tmp_path):
         (["train", "--output", __file__, "--data", "shapes", *SMALL], "is a file; a folder is wanted"),
         (["train", "--output", "OUT", "--data", "shapes", "--images", "x"], "--data shapes takes no images"),
         (["evaluate", "--checkpoint", "none.pt", "--data", "shapes"], "there is no checkpoint none.pt"),
-        (["predict", "--checkpoint", "none.pt", "none.png", "--output", "OUT"], "no such image: none.png"),
+        (["predict", "--checkpoint", "none.pt", "none.png", "--output", "OUT"], "no such image file: none.png"),
         (["predict", "--checkpoint", "none.pt", __file__, "--output", "OUT"], "there is no checkpoint none.pt"),
     ],
 )

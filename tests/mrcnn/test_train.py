@@ -143,7 +143,7 @@ def test_images_of_any_shape_train(size):
 
 def test_a_folder_with_a_checkpoint_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"hours of work")
-    with pytest.raises(ConfigError, match="holds the checkpoint of another run"):
+    with pytest.raises(ConfigError, match="already holds a checkpoint"):
         train(ShapesDataset(2, 64), small(), tmp_path, CPU)
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"hours of work"
 
