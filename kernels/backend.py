@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .runtime import HAS_TRITON, INTERPRETED
+from .runtime import HAS_TRITON, INTERPRETED, is_recording
 
 BACKENDS = ("auto", "triton", "torch", "torchvision")
 """`auto` picks one; `triton` are this project's kernels; `torch` is the plain PyTorch reference; `torchvision`
@@ -64,6 +64,8 @@ def _check_name(backend: str) -> None:
 def _check_triton(device: torch.device) -> None:
     if not HAS_TRITON:
         raise RuntimeError("backend='triton' needs the triton package, which is not installed")
+    if is_recording():
+        return  # nothing will run
     if INTERPRETED and device.type != "cpu":
         raise RuntimeError("TRITON_INTERPRET=1 runs the kernels on the CPU: move the tensors there or unset it")
     if not INTERPRETED and device.type != "cuda":

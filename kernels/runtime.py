@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +23,40 @@ launch_counts: Counter[str] = Counter()
 """Launches of each Triton kernel by name since the process began (or since `launch_counts.clear()`)."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of made: what Triton would have been called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple
+    meta: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Collect what the ops inside the block would launch, on any device; nothing runs, their outputs are garbage.
+
+    Kernels can so be compiled for GPUs that are not there exactly as the ops launch them, where a list of
+    signatures kept by hand would one day check kernels that nobody launches. Not thread-local: autograd runs a
+    GPU's backward in a thread of its own.
+    """
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def is_recording() -> bool:
+    """Whether launches are being recorded instead of made."""
+    return _recorded is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
     """Launch `kernel` over `grid` on `device` and count it; an empty grid launches nothing.
 
@@ -29,6 +66,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     """
     meta.setdefault("enable_fp_fusion", False)
     if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
         return
     launch_counts[kernel.__name__] += 1
     if device.type == "cuda":

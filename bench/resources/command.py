@@ -1,0 +1,91 @@
+"""The command `mrcnn-bench resources`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .row import Row
+
+
+def resources(
+    targets: Annotated[str, typer.Option(help="GPUs to compile for, separated by commas.")] = (
+        "sm_80,sm_90,sm_100,gfx942"
+    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the committed tables.")] = Path(
+        "reports/resources"
+    ),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something got worse.")] = False,
+) -> None:
+    """Compile every kernel, no GPU needed, and table its registers, spills, vector loads and occupancy.
+
+    Takes a minute or two. Writes the table of the installed Triton version.
+    """
+    from rich.console import Console
+
+    from .gate import check_resources
+    from .table import read_tables, write_table
+
+    version, rows = _measure(targets)
+    Console().print(_table(rows, version))
+    if not check:
+        for path in write_table(output, version, rows):
+            typer.echo(f"wrote {path}")
+    wrong = check_resources(rows, read_tables(output), version)
+    for sentence in wrong:
+        typer.echo(f"worse: {sentence}", err=True)
+    if check and wrong:
+        raise typer.Exit(1)
+
+
+def _measure(targets: str) -> tuple[str, list[Row]]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .measure import TARGETS, measure_resources
+
+    chosen = targets.split(",")
+    if unknown := [target for target in chosen if target not in TARGETS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(TARGETS)}", param_hint="--targets")
+    try:
+        return version("triton"), measure_resources(chosen)
+    except PackageNotFoundError:
+        _fail("the triton package is not installed, and it is what compiles")
+    except RuntimeError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _table(rows: list[Row], version: str) -> Table:
+    """A line a kernel and a column a target; the committed page has the rest."""
+    from rich.table import Table
+
+    targets = list(dict.fromkeys(row.target for row in rows))
+    never_run = "; gfx942 is compiled, never run" if "gfx942" in targets else ""
+    table = Table(title=f"Registers a thread, theoretical occupancy; Triton {version}", caption=f"! spills{never_run}")
+    table.add_column("call and kernels")
+    for target in targets:
+        table.add_column(target, justify="right", no_wrap=True)
+    found = {row.key: row for row in rows}
+    for call in dict.fromkeys(row.call for row in rows):
+        table.add_section()
+        table.add_row(f"[bold]{call}")
+        for kernel in dict.fromkeys(row.kernel for row in rows if row.call == call):
+            name = kernel.replace("_kernel", "")
+            table.add_row(f"  {name}", *(_cell(found.get((target, call, kernel))) for target in targets))
+    return table
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"  # for this target, both launches of the call have the same code
+    text = f"{row.assembly.registers} {row.occupancy:3d}%"
+    return f"[red]{text}![/]" if row.assembly.spills else f"{text} "

@@ -1,0 +1,76 @@
+"""What must not get worse when a kernel, or Triton, changes: properties, not register counts.
+
+Register counts move with every release of the compiler; what costs a kernel its speed, or a result its last bit,
+does not have to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from .row import Row, vector, wide
+
+# A stray spill of one register costs nothing, and which kernel has it changes with the compiler.
+SPILLS_ALLOWED = {"sm_80": 4, "sm_90": 4, "sm_100": 4, "gfx942": 0}
+
+INEXACT = ("mask_bce_forward_kernel", "mask_bce_backward_kernel")
+"""Kernels whose results need not equal the reference's to the last bit: exp and log are not exact to begin with."""
+
+_PROMISES: dict[str, Callable[[Row], int]] = {
+    "16-byte loads": lambda row: wide(row.assembly.loads),
+    "16-byte stores": lambda row: wide(row.assembly.stores),
+    "vector atomics": lambda row: vector(row.assembly.atomics),
+}
+
+
+def check_resources(rows: list[Row], tables: dict[str, list[Row]], version: str) -> list[str]:
+    """A sentence for each thing that is wrong with `rows`, compiled by Triton `version`.
+
+    Args:
+        rows: all kernels of some targets.
+        tables: the committed rows by Triton version. What every table has for a row is promised; a version without
+            a table of its own is held to the promises alone.
+        version: Triton's.
+    """
+    sentences = [f"{_name(row)}: {fault}" for row in rows for fault in _faults(row)]
+    sentences += [f"{_name(row)}: {fault}" for row in rows for fault in _broken_promises(row, tables)]
+    return sentences + list(_changed_rows(rows, tables.get(version, [])))
+
+
+def _name(row: Row) -> str:
+    return f"{row.target}, {row.call}, {row.kernel}"
+
+
+def _faults(row: Row) -> Iterator[str]:
+    code = row.assembly
+    kernel = row.kernel.split("/")[0]
+    if code.spills > SPILLS_ALLOWED[row.target]:
+        yield f"spills ({code.spills} with {code.registers} registers): a smaller tile or more warps"
+    if row.occupancy == 0:
+        yield f"not one block fits, with {row.shared} bytes of shared memory and {code.registers} registers"
+    if "CAS" in code.atomics:
+        yield "its atomics are a compare-and-swap loop: add in a type that the GPU has an atomic for"
+    if kernel not in INEXACT:
+        if code.fma:
+            yield f"{code.fma} fused multiply-adds where results must be exact: launch with enable_fp_fusion=False"
+        if code.fast_divisions:
+            yield f"{code.fast_divisions} approximate divisions where results must be exact: use `divide`"
+
+
+def _broken_promises(row: Row, tables: dict[str, list[Row]]) -> Iterator[str]:
+    committed = [other for table in tables.values() for other in table if other.key == row.key]
+    for what, count in _PROMISES.items():
+        if committed and all(map(count, committed)) and not count(row):
+            yield f"lost its {what}, which every committed table has"
+
+
+def _changed_rows(rows: list[Row], table: list[Row]) -> Iterator[str]:
+    """Rows that the committed table has alone, or lacks."""
+    targets = {row.target for row in rows}
+    committed = {row.key: row for row in table if row.target in targets}
+    measured = {row.key: row for row in rows}
+    if committed:
+        for row in (measured[key] for key in measured.keys() - committed.keys()):
+            yield f"{_name(row)}: not in the committed table; run `mrcnn-bench resources`"
+        for row in (committed[key] for key in committed.keys() - measured.keys()):
+            yield f"{_name(row)}: only in the committed table; run `mrcnn-bench resources`"
