@@ -2,12 +2,16 @@
 
 A benchmark with one box size, or with boxes spread evenly, flatters kernels: real RoIs overlap, so they share
 cells (cache hits forward, colliding atomics backward), and their sizes span every pyramid level.
+
+The generators are frozen: results measured months apart are compared only if their boxes are the same, which
+`tests/bench/test_workloads.py` pins. They compute in float64 and round once at the end, because the last bit of a
+float32 `exp` depends on the CPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,37 +28,69 @@ def _place(center: Tensor, size: Tensor, aspect: Tensor, image_size: tuple[int, 
     legal = extent - wh
     position = (center - wh / 2) / legal
     corner = legal * (1 - (1 - position % 2).abs())
-    return torch.cat([corner, corner + wh], dim=1)
+    return torch.cat([corner, corner + wh], dim=1).float()
 
 
 def _extent(image_size: tuple[int, int]) -> Tensor:
-    return torch.tensor([image_size[1], image_size[0]], dtype=torch.float32)
+    return torch.tensor([image_size[1], image_size[0]], dtype=torch.float64)
+
+
+def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def _log_uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    return torch.exp(torch.empty(count).uniform_(math.log(low), math.log(high), generator=generator))
+    return torch.exp(math.log(low) + math.log(high / low) * _uniform(count, generator=generator))
 
 
 def random_objects(count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """[count, 4] xyxy ground-truth boxes: sqrt-area log-uniform in 16..640 px, aspect ratio in 1/2..2."""
     size = _log_uniform(count, SMALLEST, LARGEST, generator)
     aspect = _log_uniform(count, 0.5, 2.0, generator)
-    center = torch.rand(count, 2, generator=generator) * _extent(image_size)
+    center = _uniform(count, 2, generator=generator) * _extent(image_size)
     return _place(center, size, aspect, image_size)
 
 
-def random_proposals(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """[count, 4] xyxy: three quarters jittered copies of the objects, one quarter anywhere at any size."""
+def clustered(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy, as a trained RPN proposes: three quarters crowd around the objects, one quarter anywhere."""
     near = count - count // 4
-    parent = objects[torch.randint(len(objects), (near,), generator=generator)]
+    parent = objects[torch.randint(len(objects), (near,), generator=generator)].double()
     wh = parent[:, 2:] - parent[:, :2]
-    center = (parent[:, :2] + parent[:, 2:]) / 2 + 0.15 * wh * torch.randn(near, 2, generator=generator)
-    size = wh.prod(1).sqrt() * torch.exp(0.25 * torch.randn(near, generator=generator))
-    aspect = wh[:, 0] / wh[:, 1] * torch.exp(0.15 * torch.randn(near, generator=generator))
-    clustered = _place(center, size.clamp(SMALLEST, LARGEST), aspect, image_size)
-    scattered = random_objects(count - near, image_size, generator)
-    boxes = torch.cat([clustered, scattered])
+    center = (parent[:, :2] + parent[:, 2:]) / 2 + 0.15 * wh * _normal(near, 2, generator=generator)
+    size = wh.prod(1).sqrt() * torch.exp(0.25 * _normal(near, generator=generator))
+    aspect = wh[:, 0] / wh[:, 1] * torch.exp(0.15 * _normal(near, generator=generator))
+    crowd = _place(center, size.clamp(SMALLEST, LARGEST), aspect, image_size)
+    boxes = torch.cat([crowd, random_objects(count - near, image_size, generator)])
     return boxes[torch.randperm(count, generator=generator)]
+
+
+def uniform(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy anywhere, as an untrained RPN proposes: sizes and shapes as the objects', which are ignored."""
+    return random_objects(count, image_size, generator)
+
+
+def one_spot(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy within two pixels of the first object: every gradient atomic hits the same few cells."""
+    return _place_exactly(objects[:1].double() + 2 * _uniform(count, 4, generator=generator), image_size)
+
+
+def whole_map(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy from one corner of the image to the other, within 5 % of its border."""
+    margin = 0.05 * _extent(image_size).repeat(2) * _uniform(count, 4, generator=generator)
+    corners = torch.cat([torch.zeros(2, dtype=torch.float64), _extent(image_size)])
+    return _place_exactly(corners + margin * torch.tensor([1, 1, -1, -1]), image_size)
+
+
+def _place_exactly(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+    return torch.minimum(boxes, _extent(image_size).repeat(2) - 0.01).float()
+
+
+Distribution = Callable[[Tensor, int, tuple[int, int], torch.Generator], Tensor]
+DISTRIBUTIONS: dict[str, Distribution] = {f.__name__: f for f in (clustered, uniform, one_spot, whole_map)}
 
 
 def without_shared_edges(boxes: Tensor, others: Tensor) -> Tensor:

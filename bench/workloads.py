@@ -1,71 +1,34 @@
-"""Named, seeded workloads of every op.
+"""The one table of named workloads that every suite, study and report uses.
 
-`gpu` workloads have the sizes of a training step at 800 x 1344; `cpu` ones keep a call at milliseconds so that
-the harness itself can be run, and tested, anywhere. Boxes come from a CPU generator and are the same on every
-machine; features and logits are drawn on the device, which is quick but device-specific.
+| suite | what it stands for |
+| --- | --- |
+| train | a training step of Mask R-CNN: 16 images of 800 x 1344, 512 box and 128 mask RoIs an image, 256 channels |
+| inference | one image, forward only |
+| small | too little work to fill a GPU: what a call costs at least |
+| adversarial | what breaks implementations: everything on one spot, RoIs as large as the map, 1000 objects |
+| sweep | `train` with one size changed, for scaling curves; half precision only |
+| cpu | milliseconds on two cores, so that the harness itself can be run, and tested, anywhere |
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import hashlib
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from .boxes import grid_anchors, random_objects, random_proposals, without_shared_edges
+from .inputs import BUILDERS, Draw, Inputs, Sizes
 
-OPS = ("roi_align", "multiscale_roi_align", "box_iou", "label_anchors", "mask_bce_loss")
+__all__ = ["DIRECTIONS", "OPS", "ROI_OPS", "SUITES", "WORKLOADS", "Call", "Inputs", "Sizes", "Workload", "calls"]
+
+OPS = ("multiscale_roi_align", "roi_align", "label_anchors", "box_iou", "mask_bce_loss")
 ROI_OPS = ("roi_align", "multiscale_roi_align")
 DIRECTIONS = {op: ("forward",) if op == "label_anchors" else ("forward", "backward") for op in OPS}
-PYRAMID_STRIDES = (4, 8, 16, 32)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a workload's tensors are made of; each op reads the fields that concern it."""
-
-    images: int
-    image_size: tuple[int, int]  # height, width in pixels
-    rois: int = 0  # an image
-    output_size: int = 7
-    channels: int = 256
-    stride: int = 16  # of the one map of single-level RoIAlign
-    objects: int = 50  # an image; ground-truth capacity
-    ragged: bool = False  # images hold 1..objects instead of all the same number
-    masks: int = 0
-    classes: int = 81
-    mask_size: int = 28
-
-
-@dataclass
-class Inputs:
-    """One call's arguments; `leaves` are the tensors among them that gradients flow to."""
-
-    args: tuple
-    leaves: tuple[Tensor, ...] = ()
-
-    def shapes(self) -> str:
-        """The shape of every tensor argument, for the record."""
-        flat = [t for a in self.args for t in (a if isinstance(a, list) else [a])]
-        return " ".join("x".join(map(str, t.shape)) for t in flat if isinstance(t, Tensor))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """Copy with `function` applied to every tensor; leaves follow, detached from what they came from."""
-        done: dict[int, Tensor] = {}
-
-        def apply(value):  # noqa: ANN001
-            if isinstance(value, (list, tuple)):
-                return [apply(v) for v in value]
-            if not isinstance(value, Tensor):
-                return value
-            return done.setdefault(id(value), function(value.detach()))
-
-        args = tuple(apply(a) for a in self.args)
-        leaves = tuple(done[id(leaf)].requires_grad_(leaf.requires_grad) for leaf in self.leaves)
-        return Inputs(args, leaves)
+SUITES = ("train", "inference", "small", "adversarial", "sweep", "cpu")  # most valuable first
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -74,122 +37,154 @@ class Workload:
 
     op: str
     name: str
-    suite: str  # "gpu" or "cpu"
+    suite: str
     sizes: Sizes
+    sweep: str = ""  # the field of `sizes` that differs from the `train` workload
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """The passes that are measured: inference has no backward pass."""
+        return ("forward",) if self.suite == "inference" else DIRECTIONS[self.op]
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Boxes are always float32; features and logits also come in bf16, on a GPU."""
-        half = self.suite == "gpu" and self.op not in ("box_iou", "label_anchors")
-        return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+        """Boxes are always float32; features and logits come in bf16 too, on a GPU."""
+        if self.suite == "cpu" or self.op in ("box_iou", "label_anchors"):
+            return (torch.float32,)
+        return (torch.bfloat16, torch.float32) if self.suite in ("train", "small") else (torch.bfloat16,)
 
-    def build(self, device: str, dtype: torch.dtype, layout: str = "nchw", grad: bool = False) -> Inputs:
-        """Draw the inputs: the same values for the same workload and device, in any dtype and layout."""
-        seed = zlib.crc32(f"{self.op}/{self.name}".encode())
-        draw = Draw(torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed), device)
-        inputs = BUILDERS[self.op](self.sizes, draw, dtype, layout)
+    @property
+    def seed(self) -> int:
+        """From the name: every workload has its own random numbers."""
+        return zlib.crc32(f"{self.op}/{self.name}".encode())
+
+    def build(
+        self, device: str, dtype: torch.dtype, layout: str = "nchw", grad: bool = False, fresh: int = 0
+    ) -> Inputs:
+        """Draw the inputs: the same values for the same workload and device, in any dtype and layout.
+
+        Another `fresh` draws other values of the same shapes (and the same number of objects in each image).
+        """
+        inputs = BUILDERS[self.op](self.sizes, Draw.seeded(self.seed, fresh, device), dtype, layout)
         for leaf in inputs.leaves:
             leaf.requires_grad_(grad)
         return inputs
 
+    def boxes_only(self, dtype: torch.dtype) -> Inputs:
+        """The inputs on the CPU, with features and logits as shapes only (`meta` tensors)."""
+        return BUILDERS[self.op](self.sizes, Draw.boxes_only(self.seed), dtype, "nchw")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the sizes, boxes, counts and labels: results of different inputs are not to be compared."""
+        inputs = self.boxes_only(torch.float32)
+        digest = hashlib.sha256(
+            repr((inputs.shapes(), [a for a in inputs.args if isinstance(a, (int, float))])).encode()
+        )
+        for tensor in inputs.tensors():
+            if not tensor.is_meta:
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
 
 @dataclass(frozen=True)
-class Draw:
-    """Random numbers: `boxes` on the CPU (machine-independent), `values` on the device."""
+class Call:
+    """One line of the study: a workload, a direction and the dtype asked for, to be measured with every provider."""
 
-    boxes: torch.Generator
-    values: torch.Generator
-    device: str
+    workload: Workload
+    direction: str
+    dtype: torch.dtype
 
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw") -> Tensor:
-        """Standard normal values, rounded to `dtype`."""
-        # Drawn in float32 first: every dtype then sees the same numbers, up to its own rounding.
-        x = torch.randn(shape, generator=self.values, device=self.device).to(dtype)
-        return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+    @property
+    def dtype_name(self) -> str:
+        """`fp32`, `bf16`."""
+        return DTYPE_NAMES[self.dtype]
 
-
-def _rois(sizes: Sizes, draw: Draw) -> Tensor:
-    """[images * rois, 5]: image index, xyxy; grouped by image, as a detector's are."""
-    rows = []
-    for image in range(sizes.images):
-        objects = random_objects(sizes.objects, sizes.image_size, draw.boxes)
-        boxes = random_proposals(objects, sizes.rois, sizes.image_size, draw.boxes)
-        rows.append(torch.cat([torch.full((len(boxes), 1), float(image)), boxes], dim=1))
-    return torch.cat(rows).to(draw.device)
+    def __str__(self) -> str:
+        return f"{self.workload.op} {self.direction} {self.workload.name} {self.dtype_name}"
 
 
-def _feature_map(sizes: Sizes, stride: int, draw: Draw, dtype: torch.dtype, layout: str) -> Tensor:
-    height, width = (math.ceil(extent / stride) for extent in sizes.image_size)
-    return draw.normal((sizes.images, sizes.channels, height, width), dtype, layout)
+def calls(device: str) -> Iterator[Call]:
+    """Every call for this kind of device, the most valuable ones first."""
+    for suite in SUITES:
+        if (suite == "cpu") != (device == "cpu"):
+            continue
+        chosen = [w for w in WORKLOADS if w.suite == suite]
+        for half in (True, False):  # what trains comes first
+            for workload in chosen:
+                dtypes = [d for d in workload.dtypes if (d == workload.dtypes[0]) == half]
+                yield from (Call(workload, d, dtype) for dtype in dtypes for d in workload.directions)
 
-
-def _roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    rois = _rois(sizes, draw)
-    feature = _feature_map(sizes, sizes.stride, draw, dtype, layout)
-    return Inputs((feature, rois, sizes.output_size, 1 / sizes.stride, 2), leaves=(feature,))
-
-
-def _multiscale_roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    rois = _rois(sizes, draw)
-    features = [_feature_map(sizes, stride, draw, dtype, layout) for stride in PYRAMID_STRIDES]
-    scales = [1 / stride for stride in PYRAMID_STRIDES]
-    return Inputs((features, rois, sizes.output_size, scales, 2), leaves=tuple(features))
-
-
-def _box_iou(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    proposals, objects = [], []
-    for _ in range(sizes.images):
-        objects.append(random_objects(sizes.objects, sizes.image_size, draw.boxes))
-        drawn = random_proposals(objects[-1], sizes.rois, sizes.image_size, draw.boxes)
-        proposals.append(without_shared_edges(drawn, objects[-1]))
-    boxes1, boxes2 = (torch.stack(b).to(draw.device, dtype) for b in (proposals, objects))
-    if sizes.images == 1:
-        boxes1, boxes2 = boxes1[0], boxes2[0]
-    return Inputs((boxes1, boxes2), leaves=(boxes1, boxes2))
-
-
-def _label_anchors(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    anchors = grid_anchors(sizes.image_size)
-    gt = torch.stack([random_objects(sizes.objects, sizes.image_size, draw.boxes) for _ in range(sizes.images)])
-    count = torch.full((sizes.images,), sizes.objects)
-    if sizes.ragged:
-        count = torch.randint(1, sizes.objects + 1, (sizes.images,), generator=draw.boxes)
-    gt[torch.arange(sizes.objects) >= count[:, None]] = 0
-    return Inputs((anchors.to(draw.device, dtype), gt.to(draw.device, dtype), count.int().to(draw.device)))
-
-
-def _mask_bce_loss(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    side = sizes.mask_size
-    logits = draw.normal((sizes.masks, sizes.classes, side, side), dtype, layout)
-    labels = torch.randint(1, sizes.classes, (sizes.masks,), generator=draw.boxes).to(draw.device)
-    targets = (draw.normal((sizes.masks, side, side), torch.float32) > 0).float()
-    return Inputs((logits, labels, targets), leaves=(logits,))
-
-
-BUILDERS: dict[str, Callable[[Sizes, Draw, torch.dtype, str], Inputs]] = {
-    "roi_align": _roi_align,
-    "multiscale_roi_align": _multiscale_roi_align,
-    "box_iou": _box_iou,
-    "label_anchors": _label_anchors,
-    "mask_bce_loss": _mask_bce_loss,
-}
 
 _FULL, _SMALL = (800, 1344), (512, 672)
+_BOX = Sizes(16, _FULL, rois=512)
+_MASK = Sizes(16, _FULL, rois=128, output_size=14)
+_ANCHORS = Sizes(16, _FULL, ragged=True)  # 268,569 anchors
+_LOSS = Sizes(0, _FULL, masks=2048)
+
+
+def _multiscale_roi_align() -> Iterator[Workload]:
+    workload = functools.partial(Workload, "multiscale_roi_align")
+    yield workload("train-box", "train", _BOX)
+    yield workload("train-mask", "train", _MASK)
+    yield workload("inference-box", "inference", replace(_BOX, images=1, rois=1000))
+    yield workload("inference-mask", "inference", replace(_MASK, images=1, rois=100))
+    yield workload("small", "small", replace(_BOX, images=1, rois=8))
+    yield workload("one-spot", "adversarial", replace(_BOX, boxes="one_spot"))
+    yield workload("whole-map", "adversarial", replace(_BOX, boxes="whole_map"))
+    yield workload("adaptive", "adversarial", replace(_BOX, sampling_ratio=0))
+    for rois in (8, 32, 128, 2048):
+        yield workload(f"rois-{rois}", "sweep", replace(_BOX, rois=rois), "rois")
+    for channels in (64, 128, 512):
+        yield workload(f"channels-{channels}", "sweep", replace(_BOX, channels=channels), "channels")
+    for height, width in ((400, 672), (600, 1008), (1200, 2016)):
+        sizes = replace(_BOX, image_size=(height, width))
+        yield workload(f"image-{height}x{width}", "sweep", sizes, "image_size")
+
+
+def _boxes() -> Iterator[Workload]:
+    yield Workload("label_anchors", "train", "train", _ANCHORS)
+    yield Workload("label_anchors", "small", "small", replace(_ANCHORS, images=1, objects=8, ragged=False))
+    yield Workload("label_anchors", "objects-1000", "adversarial", replace(_ANCHORS, objects=1000, ragged=False))
+    for objects in (1, 10, 100, 300):
+        sizes = replace(_ANCHORS, objects=objects)
+        yield Workload("label_anchors", f"objects-{objects}", "sweep", sizes, "objects")
+    for height, width in ((400, 672), (600, 1008), (1200, 2016)):  # anchors grow with the image
+        sizes = replace(_ANCHORS, image_size=(height, width))
+        yield Workload("label_anchors", f"image-{height}x{width}", "sweep", sizes, "image_size")
+    yield Workload("box_iou", "train", "train", replace(_BOX, rois=2000))  # proposals x objects, a batch
+    yield Workload("box_iou", "anchors", "train", Sizes(1, _FULL, rois=268_569))  # as many as there are anchors
+    yield Workload("box_iou", "small", "small", Sizes(1, _FULL, rois=8, objects=8))
+    yield Workload("box_iou", "objects-1000", "adversarial", replace(_BOX, rois=2000, objects=1000))
+    for objects in (10, 100, 300):
+        sizes = replace(_BOX, rois=2000, objects=objects)
+        yield Workload("box_iou", f"objects-{objects}", "sweep", sizes, "objects")
+
+
+def _mask_bce_loss() -> Iterator[Workload]:
+    yield Workload("mask_bce_loss", "train", "train", _LOSS)
+    yield Workload("mask_bce_loss", "small", "small", replace(_LOSS, masks=8))
+    for masks in (16, 128, 512):
+        yield Workload("mask_bce_loss", f"positives-{masks}", "sweep", replace(_LOSS, masks=masks), "masks")
+
+
+def _cpu() -> Iterator[Workload]:
+    for op in ("multiscale_roi_align", "roi_align"):
+        yield Workload(op, "cpu", "cpu", Sizes(2, _SMALL, rois=24, channels=8))
+        yield Workload(op, "cpu-uniform", "cpu", Sizes(2, _SMALL, rois=24, channels=8, boxes="uniform"))
+    yield Workload("label_anchors", "cpu", "cpu", Sizes(2, (256, 320), objects=8, ragged=True))
+    yield Workload("box_iou", "cpu", "cpu", Sizes(2, _SMALL, rois=500, objects=20))
+    yield Workload("mask_bce_loss", "cpu", "cpu", Sizes(0, _SMALL, masks=32))
+
+
 WORKLOADS = (
-    Workload("roi_align", "canonical", "gpu", Sizes(16, _FULL, rois=512)),
-    Workload("roi_align", "small", "gpu", Sizes(2, _FULL, rois=128)),
-    Workload("roi_align", "cpu", "cpu", Sizes(2, _SMALL, rois=24, channels=8)),
-    Workload("multiscale_roi_align", "canonical-box", "gpu", Sizes(16, _FULL, rois=512)),
-    Workload("multiscale_roi_align", "canonical-mask", "gpu", Sizes(16, _FULL, rois=128, output_size=14)),
-    Workload("multiscale_roi_align", "small", "gpu", Sizes(2, _FULL, rois=128)),
-    Workload("multiscale_roi_align", "cpu", "cpu", Sizes(2, _SMALL, rois=24, channels=8)),
-    Workload("box_iou", "canonical", "gpu", Sizes(16, _FULL, rois=2000)),  # proposals x objects, a batch
-    Workload("box_iou", "one-image", "gpu", Sizes(1, _FULL, rois=268_569)),  # as many as there are anchors
-    Workload("box_iou", "cpu", "cpu", Sizes(2, _SMALL, rois=500, objects=20)),
-    Workload("label_anchors", "canonical", "gpu", Sizes(16, _FULL)),
-    Workload("label_anchors", "small", "gpu", Sizes(2, _FULL, objects=20, ragged=True)),
-    Workload("label_anchors", "cpu", "cpu", Sizes(2, (256, 320), objects=8, ragged=True)),
-    Workload("mask_bce_loss", "canonical", "gpu", Sizes(0, _FULL, masks=2048)),
-    Workload("mask_bce_loss", "small", "gpu", Sizes(0, _FULL, masks=128)),
-    Workload("mask_bce_loss", "cpu", "cpu", Sizes(0, _SMALL, masks=32)),
+    *_multiscale_roi_align(),
+    *_boxes(),
+    *_mask_bce_loss(),
+    Workload("roi_align", "train", "train", _BOX),  # the drop-in: one map, at stride 16
+    Workload("multiscale_roi_align", "train-box-uniform", "train", replace(_BOX, boxes="uniform")),
+    Workload("multiscale_roi_align", "train-mask-uniform", "train", replace(_MASK, boxes="uniform")),
+    Workload("roi_align", "small", "small", replace(_BOX, images=1, rois=8)),
+    Workload("roi_align", "adaptive", "adversarial", replace(_BOX, sampling_ratio=0)),  # torchvision's default
+    *_cpu(),
 )

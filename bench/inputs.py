@@ -1,0 +1,171 @@
+"""The arguments of one call, drawn at random: boxes on the CPU (the same on every machine), values on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .boxes import DISTRIBUTIONS, grid_anchors, random_objects, without_shared_edges
+
+PYRAMID_STRIDES = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a workload's tensors are made of; each op reads the fields that concern it."""
+
+    images: int
+    image_size: tuple[int, int]  # height, width in pixels
+    rois: int = 0  # an image
+    boxes: str = "clustered"  # how RoIs are spread, a name in DISTRIBUTIONS
+    output_size: int = 7
+    sampling_ratio: int = 2  # 0: adaptive
+    channels: int = 256
+    stride: int = 16  # of the one map of single-level RoIAlign
+    objects: int = 50  # an image; with `ragged`, on average
+    ragged: bool = False  # images hold from 1 to 2 * objects - 1, evenly spread
+    masks: int = 0  # positives of the whole batch
+    classes: int = 81
+    mask_size: int = 28
+
+
+@dataclass
+class Inputs:
+    """One call's arguments; `leaves` are the tensors among them that gradients flow to."""
+
+    args: tuple
+    leaves: tuple[Tensor, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor argument, those in lists too."""
+        flat = [t for a in self.args for t in (a if isinstance(a, (list, tuple)) else [a])]
+        return [t for t in flat if isinstance(t, Tensor)]
+
+    def shapes(self) -> str:
+        """The shape of every tensor argument, for the record."""
+        return " ".join("x".join(map(str, t.shape)) for t in self.tensors())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """Copy with `function` applied to every tensor; leaves follow, detached from what they came from."""
+        done: dict[int, Tensor] = {}
+
+        def apply(value):  # noqa: ANN001
+            if isinstance(value, (list, tuple)):
+                return [apply(v) for v in value]
+            if not isinstance(value, Tensor):
+                return value
+            return done.setdefault(id(value), function(value.detach()))
+
+        args = tuple(apply(a) for a in self.args)
+        leaves = tuple(done[id(leaf)].requires_grad_(leaf.requires_grad) for leaf in self.leaves)
+        return Inputs(args, leaves)
+
+    def overwrite(self, other: Inputs) -> None:
+        """Put `other`'s values into these very tensors, which must have the same shapes."""
+        for mine, fresh in zip(self.tensors(), other.tensors(), strict=True):
+            mine.detach().copy_(fresh.detach())
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers: `boxes` on the CPU (machine-independent), `values` on the device.
+
+    `layout` draws what is the same for every draw of a workload, e.g. how many objects each image holds.
+    """
+
+    layout: torch.Generator
+    boxes: torch.Generator
+    values: torch.Generator | None
+    device: str
+
+    @classmethod
+    def seeded(cls, seed: int, fresh: int, device: str) -> Draw:
+        """Generators of a workload's `fresh`-th draw."""
+        values = torch.Generator(device).manual_seed(seed + fresh)
+        return cls(torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + fresh), values, device)
+
+    @classmethod
+    def boxes_only(cls, seed: int) -> Draw:
+        """The first draw's boxes and counts on the CPU; values are shapes without memory behind them."""
+        return cls(torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed), None, "cpu")
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, memory_format: str = "nchw") -> Tensor:
+        """Standard normal values, rounded to `dtype`."""
+        if self.values is None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        # Drawn in float32 first: every dtype then sees the same numbers, up to its own rounding.
+        x = torch.randn(shape, generator=self.values, device=self.device).to(dtype)
+        return x.contiguous(memory_format=torch.channels_last) if memory_format == "channels_last" else x
+
+
+def _rois(sizes: Sizes, draw: Draw) -> Tensor:
+    """[images * rois, 5]: image index, xyxy; grouped by image, as a detector's are."""
+    rows = []
+    for image in range(sizes.images):
+        objects = random_objects(sizes.objects, sizes.image_size, draw.boxes)
+        boxes = DISTRIBUTIONS[sizes.boxes](objects, sizes.rois, sizes.image_size, draw.boxes)
+        rows.append(torch.cat([torch.full((len(boxes), 1), float(image)), boxes], dim=1))
+    return torch.cat(rows).to(draw.device)
+
+
+def _feature_map(sizes: Sizes, stride: int, draw: Draw, dtype: torch.dtype, layout: str) -> Tensor:
+    height, width = (math.ceil(extent / stride) for extent in sizes.image_size)
+    return draw.normal((sizes.images, sizes.channels, height, width), dtype, layout)
+
+
+def _roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
+    rois = _rois(sizes, draw)
+    feature = _feature_map(sizes, sizes.stride, draw, dtype, layout)
+    return Inputs((feature, rois, sizes.output_size, 1 / sizes.stride, sizes.sampling_ratio), leaves=(feature,))
+
+
+def _multiscale_roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
+    rois = _rois(sizes, draw)
+    features = [_feature_map(sizes, stride, draw, dtype, layout) for stride in PYRAMID_STRIDES]
+    scales = [1 / stride for stride in PYRAMID_STRIDES]
+    return Inputs((features, rois, sizes.output_size, scales, sizes.sampling_ratio), leaves=tuple(features))
+
+
+def _box_iou(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
+    proposals, objects = [], []
+    for _ in range(sizes.images):
+        objects.append(random_objects(sizes.objects, sizes.image_size, draw.boxes))
+        drawn = DISTRIBUTIONS[sizes.boxes](objects[-1], sizes.rois, sizes.image_size, draw.boxes)
+        proposals.append(without_shared_edges(drawn, objects[-1]))
+    boxes1, boxes2 = (torch.stack(b).to(draw.device, dtype) for b in (proposals, objects))
+    if sizes.images == 1:
+        boxes1, boxes2 = boxes1[0], boxes2[0]
+    return Inputs((boxes1, boxes2), leaves=(boxes1, boxes2))
+
+
+def _label_anchors(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
+    anchors = grid_anchors(sizes.image_size)
+    capacity = 2 * sizes.objects - 1 if sizes.ragged else sizes.objects
+    gt = torch.stack([random_objects(capacity, sizes.image_size, draw.boxes) for _ in range(sizes.images)])
+    count = torch.full((sizes.images,), sizes.objects)
+    if sizes.ragged:
+        spread = torch.linspace(1, capacity, sizes.images, dtype=torch.float64).round().long()
+        count = spread[torch.randperm(sizes.images, generator=draw.layout)]
+    gt[torch.arange(capacity) >= count[:, None]] = 0
+    return Inputs((anchors.to(draw.device, dtype), gt.to(draw.device, dtype), count.int().to(draw.device)))
+
+
+def _mask_bce_loss(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
+    side = sizes.mask_size
+    logits = draw.normal((sizes.masks, sizes.classes, side, side), dtype, layout)
+    labels = torch.randint(1, sizes.classes, (sizes.masks,), generator=draw.boxes).to(draw.device)
+    targets = (draw.normal((sizes.masks, side, side), torch.float32) > 0).float()
+    return Inputs((logits, labels, targets), leaves=(logits,))
+
+
+BUILDERS: dict[str, Callable[[Sizes, Draw, torch.dtype, str], Inputs]] = {
+    "roi_align": _roi_align,
+    "multiscale_roi_align": _multiscale_roi_align,
+    "box_iou": _box_iou,
+    "label_anchors": _label_anchors,
+    "mask_bce_loss": _mask_bce_loss,
+}
