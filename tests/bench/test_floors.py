@@ -1,0 +1,186 @@
+"""Floors are compared with slow counts on tiny inputs: a floor too high would promise what nobody can reach."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from bench.boxes import random_objects
+from bench.floors import IOU, IOU_BACKWARD, LABEL, MASK, MASK_BACKWARD, Floor, floor, overlapping_pairs, roof
+from bench.inputs import Inputs
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SCALES = [1 / 4, 1 / 8]
+CHANNELS = 32  # one lane each: instructions are then the multiply-adds of one channel
+
+
+def maps(images=2, height=64, width=96, channels=CHANNELS):
+    shapes = [(images, channels, round(height * s), round(width * s)) for s in SCALES]
+    return [torch.zeros(shape, requires_grad=True) for shape in shapes]
+
+
+def rois(count=12):
+    """RoIs of both images and levels; one in three sticks out of the map."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.exp(torch.empty(count, 2).uniform_(1.0, 5.2, generator=generator))
+    center = torch.rand(count, 2, generator=generator) * torch.tensor([96.0, 64.0])
+    image = torch.randint(0, 2, (count, 1), generator=generator).float()
+    boxes = torch.cat([center - size / 2, center + size / 2], dim=1)
+    boxes[2::3] += 40
+    return torch.cat([image, boxes], dim=1)
+
+
+def roi_floor(features, boxes, ratio=2, direction="forward", dtype=FP32, output=3, aligned=False):
+    inputs = Inputs((features, boxes, output, SCALES, ratio, aligned))
+    return floor("multiscale_roi_align", direction, inputs, dtype)
+
+
+def read_cells(features, boxes, ratio, aligned, pick=None):
+    """(level, image, y, x) of the cells with a weight in `pick`ed output elements: those whose gradient is not zero."""
+    out = kernels.multiscale_roi_align(features, boxes, 3, SCALES, ratio, aligned, backend="torch")
+    out = out.sum() if pick is None else out[(0, 0, *pick)]
+    grads = torch.autograd.grad(out, features, allow_unused=True)
+    return {(i, image, y, x) for i, g in enumerate(grads) for image, c, y, x in g.nonzero().tolist() if c == 0}
+
+
+def slow_multiply_adds(features, box, ratio, aligned):
+    """The cheaper order of summing one RoI, along x or along y first, term by term."""
+    bins = {b: read_cells(features, box[None], ratio, aligned, b) for b in itertools.product(range(3), repeat=2)}
+    costs = []
+    for first in (0, 1):  # the axis summed second: 0 is y
+        partial = {}  # (line, bin of the first axis) -> cells on it
+        second = 0
+        for b, cells in bins.items():
+            lines = {cell[2 + first] for cell in cells}
+            second += len(lines)
+            for line in lines:
+                partial[line, b[1 - first]] = {c[3 - first] for c in cells if c[2 + first] == line}
+        costs.append(second + sum(len(cells) - 1 for cells in partial.values()))
+    return min(costs)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [1, 2, 0])
+def test_roi_align_counts_what_the_reference_reads(ratio, aligned):
+    # The geometry (levels, borders, fixed and adaptive grids) has to be the op's own.
+    features, boxes = maps(), rois()
+    cells = len(read_cells(features, boxes, ratio, aligned))
+    expected = 4 * (boxes.numel() + CHANNELS * (cells + len(boxes) * 9))
+    steps = sum(slow_multiply_adds(features, box, ratio, aligned) for box in boxes)
+    assert 0 < cells < sum(f[:, 0].numel() for f in features)
+    assert roi_floor(features, boxes, ratio, aligned=aligned) == Floor(expected, steps)
+
+
+def test_roi_align_backward_writes_every_cell_and_reads_what_flows():
+    # Zero gradients are written too; of grad_output, bins outside the map need not be read.
+    features, boxes = maps(), rois()
+    out = kernels.multiscale_roi_align([torch.ones_like(f) for f in features], boxes, 3, SCALES, 2, backend="torch")
+    flowing = int((out != 0).sum())
+    assert flowing < out.numel()
+    expected = boxes.numel() * 4 + 2 * (sum(f.numel() for f in features) + flowing)
+    assert roi_floor(features, boxes, direction="backward", dtype=BF16).dram_bytes == expected
+
+
+def test_equal_rois_cost_their_features_and_sums_once():
+    # A thousand RoIs on one spot are an easy workload: their cells are in the cache after the first.
+    features, one = maps(), torch.tensor([[0.0, 8, 8, 40, 40]])
+    once, often = roi_floor(features, one), roi_floor(features, one.repeat(100, 1))
+    assert often.instructions == once.instructions
+    assert often.dram_bytes - once.dram_bytes == 99 * 4 * (5 + 9 * CHANNELS)
+
+
+def test_no_rois_and_rois_that_meet_no_map():
+    # Empty batches and padding slots happen in training.
+    features = maps()
+    cells = sum(f.numel() for f in features)
+    away = torch.tensor(
+        [[0, 500.0, 500, 600, 600], [0, -90, 0, -60, 30], [7, 0, 0, 50, 50], [0, float("nan"), 0, 9, 9]]
+    )
+    for ratio in (2, 0):
+        assert roi_floor(features, torch.zeros(0, 5), ratio) == Floor(0, 0)
+        assert roi_floor(features, torch.zeros(0, 5), ratio, "backward") == Floor(cells * 4, 0)
+        assert roi_floor(features, away, ratio) == Floor(4 * (20 + len(away) * 9 * CHANNELS), 0)
+        assert roi_floor(features, away, ratio, "backward") == Floor(4 * (20 + cells), 0)
+
+
+def test_single_level_is_a_pyramid_of_one():
+    # Its features and scale are not lists.
+    feature, boxes = torch.zeros(2, CHANNELS, 16, 24), rois()
+    single = floor("roi_align", "forward", Inputs((feature, boxes, 3, 1 / 4, 2)), FP32)
+    assert single == floor("multiscale_roi_align", "forward", Inputs(([feature], boxes, 3, [1 / 4], 2)), FP32)
+
+
+@pytest.mark.parametrize(("spots", "least", "most"), [(512, 0.55, 0.70), (64, 0.05, 0.30)])
+def test_union_of_a_training_step(spots, least, most):
+    # A simulation gave 63 % of all cells for evenly spread boxes: "every cell once" flatters, most for crowded ones.
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.empty(16, 256, 800 // s, 1344 // s, device="meta") for s in (4, 8, 16, 32)]
+    rows = []
+    for image in range(16):
+        boxes = random_objects(spots, (800, 1344), generator).repeat(512 // spots, 1)
+        boxes += torch.rand(512, 1, generator=generator)
+        rows.append(torch.cat([torch.full((512, 1), float(image)), boxes], dim=1))
+    inputs = Inputs((features, torch.cat(rows), 7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 2))
+    result = floor("multiscale_roi_align", "forward", inputs, BF16)
+    cells = (result.dram_bytes - 8192 * 20 - 2 * 8192 * 256 * 49) / (2 * sum(f.numel() for f in features))
+    assert least < cells < most
+    assert result.instructions / 0.93e12 < 0.05e-3  # far below the bytes: RoIAlign's roof is not arithmetic
+
+
+def iou_inputs(dtype=FP32):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.stack([random_objects(n, (200, 300), generator) for _ in range(3)]) for n in (40, 7))
+    return a.to(dtype), b.to(dtype)
+
+
+def test_box_iou():
+    # fp64 is counted as such, since gradcheck's rows would otherwise be twice too good.
+    a, b = iou_inputs()
+    pairs = int((kernels.box_iou(a, b, backend="torch") > 0).sum())
+    assert 0 < pairs < 3 * 40 * 7
+    assert floor("box_iou", "forward", Inputs((a, b)), FP32) == Floor(4 * 3 * (47 * 4 + 280), pairs * IOU // 32)
+    backward = floor("box_iou", "backward", Inputs((a, b)), FP32)
+    assert backward == Floor(4 * 3 * (2 * 47 * 4 + 280), pairs * IOU_BACKWARD // 32)
+    wide = floor("box_iou", "forward", Inputs((a[0].double(), b[0].double())), torch.float64)
+    assert wide.dram_bytes == 8 * (47 * 4 + 280)
+
+
+def test_label_anchors():
+    # Only objects that exist are read, and only pairs that overlap need an IoU.
+    anchors, gt = iou_inputs()
+    gt[1, 2, 0] = float("inf")
+    count, anchors = torch.tensor([0, 5, 99], dtype=torch.int32), anchors[0]
+    result = floor("label_anchors", "forward", Inputs((anchors, gt, count)), FP32)
+    real = [gt[1, [0, 1, 3, 4]], gt[2]]
+    pairs = sum(int((kernels.box_iou(anchors, g, backend="torch") > 0).sum()) for g in real)
+    assert result == Floor(40 * 16 + 12 * 16 + 3 * 4 + 3 * 40 * 5, pairs * LABEL // 32)
+    nothing = floor("label_anchors", "forward", Inputs((anchors, gt, count * 0)), FP32)
+    assert nothing == Floor(3 * 4 + 3 * 40 * 5, 0)  # the labels do not depend on the anchors
+
+
+def test_boxes_that_touch_or_are_empty_do_not_overlap():
+    # An IoU of zero needs no arithmetic; NaN compares false with everything.
+    boxes = torch.tensor([[0.0, 0, 4, 4], [4, 0, 8, 4], [1, 1, 1, 3], [3, 3, 2, 2], [float("nan"), 0, 9, 9]])
+    assert overlapping_pairs(boxes, boxes) == 2
+    assert overlapping_pairs(boxes, boxes[:0]) == 0
+
+
+def test_mask_loss_reads_one_channel_of_filled_slots():
+    # Its whole point: 1 of 81 channels forward, while the backward has to write them all.
+    logits, targets = torch.zeros(8, 81, 4, 4, dtype=BF16), torch.zeros(8, 4, 4)
+    labels = torch.tensor([1, -1, 3, 4, -1, 6, 7, 80])
+    read = 8 * 8 + 6 * 16 * (2 + 4) + 4
+    inputs = Inputs((logits, labels, targets))
+    assert floor("mask_bce_loss", "forward", inputs, BF16) == Floor(read, 96 * MASK // 32)
+    expected = Floor(read + 2 * logits.numel(), 96 * MASK_BACKWARD // 32)
+    assert floor("mask_bce_loss", "backward", inputs, BF16) == expected
+
+
+def test_roof_is_the_slowest_limit_and_dram_counts_only_when_cold():
+    # A warm call may find everything in L2; its roof must not be that of memory.
+    ceilings = SimpleNamespace(dram_bytes_per_s=4.0, l2_bytes_per_s=8.0, issue_per_s=2.0)
+    assert roof(Floor(80, 1), ceilings, cold=True) == (20.0, "DRAM")
+    assert roof(Floor(80, 1), ceilings, cold=False) == (10.0, "L2")
+    assert roof(Floor(80, 60), ceilings, cold=True) == (30.0, "issue")
