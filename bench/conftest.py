@@ -1,4 +1,4 @@
-"""pytest hooks of the benchmark suite: say what is missing, keep the environment and the gaps with the times."""
+"""pytest hooks of the benchmark suite: keep the environment and the gaps, say what is missing, refuse to mix GPUs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,24 @@ import shlex
 import pytest
 import torch
 
-from bench.environment import describe_environment, has_uncommitted_files
+from bench.environment import describe_environment, has_uncommitted_files, same_gpu
+from bench.recording import ROW
+from bench.results import MAIN_TIME
+from bench.timing import TIMES
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_GPU = "no GPU: small workloads, CPU providers only; these times say nothing about the Triton kernels"
 _GAPS: pytest.StashKey[list[dict]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Which of the named times pytest-benchmark's own table shows and compares; the JSON has all of them."""
+    parser.addoption(
+        "--time",
+        choices=TIMES[DEVICE],
+        default=MAIN_TIME[DEVICE],
+        help="the time that the table shows and --benchmark-compare compares (default: %(default)s)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,34 +34,45 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     """One line on what the numbers of this run are about."""
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         return NO_GPU
-    return f"GPU: {torch.cuda.get_device_name()}; times are device events, L2 not flushed"
+    return f"GPU: {torch.cuda.get_device_name()}; times shown: {config.getoption('time')}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The same line at the end: `-q`, this repository's default, hides the header."""
     terminalreporter.write_line("")
-    terminalreporter.write_line(pytest_report_header(config), yellow=not torch.cuda.is_available())
+    terminalreporter.write_line(pytest_report_header(config), yellow=DEVICE == "cpu")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):  # noqa: ANN201
-    """Remember why a row has no time: pytest-benchmark's JSON only knows the rows that have one."""
+    """Remember rows without a time: pytest-benchmark's JSON only knows the ones that have one."""
     report = yield
-    row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-    if row is not None and call.excinfo is not None and call.when != "teardown":
-        reason = getattr(call.excinfo.value, "msg", None) or str(call.excinfo.value)
-        status = "skipped" if report.skipped else "failed"
-        gap = {**row.labels(), "status": status, "reason": reason.strip().split("\n")[0][:300]}
-        item.config.stash[_GAPS].append(gap)
+    row = item.stash.get(ROW, None)
+    if call.when == "call" and row is not None and row["status"] != "ok":
+        item.config.stash[_GAPS].append(row)
     return report
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Add what decides a GPU's speed; drop the host name, which decides nothing."""
     machine_info.pop("node", None)
-    machine_info.update(describe_environment())
+    machine_info.update(describe_environment(), time=config.getoption("time"))
+
+
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, benchmarksession: object, machine_info: dict, compared_benchmark: dict
+) -> None:
+    """Refuse what would compare apples with pears; pytest-benchmark itself only warns."""
+    other = compared_benchmark["machine_info"]
+    if not same_gpu(machine_info, other):
+        names = [(m.get("gpu") or {}).get("name", "no GPU") for m in (machine_info, other)]
+        raise pytest.UsageError(f"times of different GPUs are not comparable: this is {names[0]}, that was {names[1]}")
+    if machine_info["time"] != other.get("time"):
+        raise pytest.UsageError(
+            f"this run shows {machine_info['time']}, the saved one {other.get('time')}: choose the same --time"
+        )
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
@@ -56,11 +81,17 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    """Add the rows without a time, and the command to run again."""
+    """Add the rows without a time, the ceilings, and the command to run again."""
     output_json["not_measured"] = config.stash[_GAPS]
     output_json["command"] = _command(config.invocation_params.args)
+    output_json["ceilings"] = None
+    if DEVICE == "cuda":
+        from bench.ceilings import measure_ceilings
+
+        output_json["ceilings"] = measure_ceilings().to_dict()
 
 
 def _command(args: tuple[str, ...]) -> str:
-    shown = [arg for arg in args if not str(arg).startswith("--benchmark-json")]
+    where = ("--benchmark-json", "--benchmark-storage")  # paths of this machine
+    shown = [arg for arg in args if not str(arg).startswith(where)]
     return shlex.join(["python", "-m", "pytest", *map(str, shown), "--benchmark-json=RESULTS.json"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -21,18 +22,40 @@ def describe_environment() -> dict[str, object]:
         "sm_clock_max": _nvidia_smi("clocks.max.sm"),
         "versions": {"torch": torch.__version__, **{name: _version(name) for name in ("torchvision", "triton")}},
         "cuda": torch.version.cuda,
+        "python": platform.python_version(),
         "cpu_threads": CPU_THREADS,
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_")},
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_") and "_DIR" not in k},
     }
+
+
+def sm_clock() -> str | None:
+    """What the SMs run at right now, as nvidia-smi prints it; None without a GPU."""
+    return _nvidia_smi("clocks.sm")
+
+
+def describe_commit() -> dict[str, object]:
+    """The commit's id and whether the tree differs from it; {"id": "unknown"} outside a checkout."""
+    if _git("rev-parse", "HEAD") is None:
+        return {"id": "unknown", "dirty": None}
+    return {"id": _git("rev-parse", "HEAD"), "dirty": has_uncommitted_files()}
 
 
 def has_uncommitted_files() -> bool:
     """Whether git knows of changed or new files; False outside a checkout."""
+    return bool(_git("status", "--porcelain"))
+
+
+def same_gpu(one: dict, other: dict) -> bool:
+    """Whether two environments are of the same kind of GPU (or both of none): else times are not comparable."""
+    return (one.get("gpu") or {}).get("name") == (other.get("gpu") or {}).get("name")
+
+
+def _git(*arguments: str) -> str | None:
     if shutil.which("git") is None:
-        return False
-    command = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain"]
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return bool(done.stdout.strip())
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _gpu() -> dict[str, object] | None:
@@ -52,7 +75,7 @@ def _nvidia_smi(field: str) -> str | None:
         return None
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.strip() or None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

@@ -1,14 +1,16 @@
 """No time without a correct result: a provider's output against the PyTorch reference in float64.
 
 Anchor labels are the exception: their rules (thresholds, ties) are defined on float32 IoUs, so is their reference.
-The reference is slow and hungry, so RoI ops and anchor labelling are checked on the first and the last image of
-the batch (complete for these: every RoI, every gradient cell); the other ops are checked whole.
+The reference is slow and hungry, so RoI ops and anchor labelling are checked on two images of the batch (complete
+for these: every RoI, every gradient cell): the first and the last before the clock starts, two others drawn at random
+after it has stopped. The other ops are checked whole.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ TOLERANCES = {
 }
 # Share of anchors labelled differently: a compiler that fuses operations moves an IoU across a threshold or a tie.
 LABEL_TOLERANCE = 1e-4
+ROIS_AT_ONCE = 128
 
 
 class WrongResultError(AssertionError):
@@ -56,36 +59,64 @@ class Part:
     of_grad: Callable[[Tensor], Tensor] = lambda grad: grad
 
 
-def check_forward(op: str, inputs: Inputs, output: object, dtype: torch.dtype) -> Verdict:
-    """Compare an output; `inputs` are in the padded form that `kernels` takes."""
-    part = _part(op, inputs)
-    if op == "label_anchors":
-        labels, matches = (part.of_output(t) for t in output)
-        return Verdict(_label_error(labels, matches, *_reference(op, part.inputs)), LABEL_TOLERANCE)
-    truth = _reference(op, part.inputs.map(_double))
-    return Verdict(_relative_error(part.of_output(output), truth), TOLERANCES["forward"][dtype])
+class Truth:
+    """The right answer for one draw of inputs, computed once and compared with every provider.
 
+    `inputs` are in the padded form that `kernels` takes, in the dtype that the providers get: rounding the inputs
+    is not their fault.
+    """
 
-def check_backward(
-    op: str, inputs: Inputs, grads: Sequence[Tensor], grad_output: Tensor, dtype: torch.dtype
-) -> Verdict:
-    """Compare the gradients of all leaves under the same incoming gradient."""
-    part = _part(op, inputs)
-    exact = part.inputs.map(_double)
-    for leaf in exact.leaves:
-        leaf.requires_grad_(True)
-    truth = torch.autograd.grad(
-        _reference(op, exact), exact.leaves, part.of_output(grad_output).double(), allow_unused=True
-    )
-    errors = [
-        _relative_error(part.of_grad(grad), torch.zeros_like(leaf) if expected is None else expected)
-        for grad, expected, leaf in zip(grads, truth, exact.leaves, strict=True)
-    ]
-    return Verdict(torch.tensor(errors).max().item(), TOLERANCES["backward"][dtype])  # unlike max(), keeps a NaN
+    def __init__(self, op: str, inputs: Inputs, images: Sequence[int] | None = None) -> None:
+        self.op = op
+        self.part = _part(op, inputs, images)
+        self.exact = self.part.inputs if op == "label_anchors" else self.part.inputs.map(_double)
+        self._incoming: Tensor | None = None
+        self._expected: list[Tensor] = []
 
+    def check_forward(self, output: object, dtype: torch.dtype) -> Verdict:
+        """Compare an output of a provider that ran in `dtype`."""
+        if self.op == "label_anchors":
+            labels, matches = (self.part.of_output(t) for t in output)
+            return Verdict(_label_error(labels, matches, *self._forward), LABEL_TOLERANCE)
+        return Verdict(_relative_error(self.part.of_output(output), self._forward), TOLERANCES["forward"][dtype])
 
-def _reference(op: str, inputs: Inputs) -> object:
-    return getattr(kernels, op)(*inputs.args, backend="torch")
+    def check_backward(self, grads: Sequence[Tensor], grad_output: Tensor, dtype: torch.dtype) -> Verdict:
+        """Compare the gradients of all leaves under the same incoming gradient."""
+        errors = [
+            _relative_error(self.part.of_grad(grad), expected)
+            for grad, expected in zip(grads, self._gradients(grad_output), strict=True)
+        ]
+        return Verdict(torch.tensor(errors).max().item(), TOLERANCES["backward"][dtype])  # unlike max(), keeps a NaN
+
+    @functools.cached_property
+    def _forward(self) -> object:
+        with torch.no_grad():
+            outputs = [getattr(kernels, self.op)(*args, backend="torch") for args, _ in self._chunks()]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _gradients(self, grad_output: Tensor) -> list[Tensor]:
+        incoming = self.part.of_output(grad_output).double()
+        if self._incoming is None or not torch.equal(incoming, self._incoming):
+            leaves = [leaf.requires_grad_(True) for leaf in self.exact.leaves]
+            self._expected = [torch.zeros_like(leaf) for leaf in leaves]
+            for args, rows in self._chunks():
+                output = getattr(kernels, self.op)(*args, backend="torch")
+                for total, g in zip(
+                    self._expected, torch.autograd.grad(output, leaves, incoming[rows], allow_unused=True), strict=True
+                ):
+                    total += 0 if g is None else g
+            self._incoming = incoming
+        return self._expected
+
+    def _chunks(self) -> Iterator[tuple[tuple, object]]:
+        """(arguments, rows of the output): RoIs a few at a time, for autograd in float64 keeps every sample of each."""
+        if self.op not in ROI_OPS:
+            yield self.exact.args, ...
+            return
+        features, rois, *rest = self.exact.args
+        for start in range(0, max(len(rois), 1), ROIS_AT_ONCE):
+            rows = slice(start, start + ROIS_AT_ONCE)
+            yield (features, rois[rows], *rest), rows
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -105,24 +136,30 @@ def _label_error(labels: Tensor, matches: Tensor, true_labels: Tensor, true_matc
     return wrong.float().mean().item()
 
 
-def _part(op: str, inputs: Inputs) -> Part:
+def random_images(count: int) -> list[int]:
+    """Two images that no provider can foresee."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(time.time_ns() % 2**31))[:2].sort()[0].tolist()
+
+
+def _part(op: str, inputs: Inputs, images: Sequence[int] | None) -> Part:
     if op in ROI_OPS:
-        return _roi_part(inputs)
+        return _roi_part(inputs, images)
     if op == "label_anchors":
         anchors, gt_boxes, gt_count = inputs.args
-        images = _first_and_last(len(gt_boxes))
+        images = _first_and_last(len(gt_boxes)) if images is None else list(images)
         take = functools.partial(_take, index=images)
         return Part(Inputs((anchors, gt_boxes[images], gt_count[images])), take)
     return Part(inputs)
 
 
-def _roi_part(inputs: Inputs) -> Part:
+def _roi_part(inputs: Inputs, images: Sequence[int] | None) -> Part:
     features, rois, *rest = inputs.args
     levels = features if isinstance(features, list) else [features]
-    images = _first_and_last(len(levels[0]))
-    rows = torch.isin(rois[:, 0].long(), torch.tensor(images, device=rois.device)).nonzero()[:, 0]
+    images = _first_and_last(len(levels[0])) if images is None else list(images)
+    chosen = torch.tensor(images, device=rois.device)
+    rows = torch.isin(rois[:, 0].long(), chosen).nonzero()[:, 0]
     renumbered = rois[rows].clone()
-    renumbered[:, 0] = (renumbered[:, 0] != 0).to(rois.dtype) if len(images) == 2 else 0
+    renumbered[:, 0] = torch.searchsorted(chosen, renumbered[:, 0].long()).to(rois.dtype)
     parts = [level.detach()[images] for level in levels]
     args = (parts if isinstance(features, list) else parts[0], renumbered, *rest)
     return Part(

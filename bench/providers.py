@@ -7,7 +7,7 @@ the clock starts, so that a conversion is never charged to it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 
 import kernels
 
-from .workloads import ROI_OPS, Inputs
+from .inputs import Inputs
+from .workloads import DTYPE_NAMES, ROI_OPS, Call
 
 PROVIDERS = ("triton", "torchvision", "torch", "torch.compile")
 BASELINES = PROVIDERS[1:]
 NO_TRITON_ON_CPU = "needs a GPU: interpreter speed says nothing about a GPU"
-NO_COMPILED_ROIS_ON_CPU = "the RoI ops take half a minute a row to compile on a CPU: measured on a GPU only"
+NO_SLOW_COMPILES_ON_CPU = "takes half a minute a row to compile for a CPU: measured on a GPU only"
+COMPILED_ELSEWHERE = "takes long to compile: measured in the train workloads with clustered boxes only"
 
 
 @dataclass(frozen=True)
@@ -38,35 +40,46 @@ class Provider:
         return self.call(*inputs.args)
 
 
-def provider_dtype(provider: str, op: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a provider really runs in when `dtype` is asked for.
+@dataclass(frozen=True)
+class Variant:
+    """A provider in one dtype and memory format: one row of the result table."""
 
-    torchvision's RoIAlign has no bf16, and its fp16 computes the sampling positions in fp16 too: at 800 x 1344 the
-    results are off by up to a fifth of the largest value, which no gate should pass. It runs in float32, as it
-    does under autocast, and is not charged for the casts.
+    provider: str
+    dtype: torch.dtype
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.provider} {self.layout} {DTYPE_NAMES[self.dtype]}"
+
+
+def variants(call: Call) -> Iterator[Variant]:
+    """The rows of a call: Triton in every mode, each baseline in its best layout and in every dtype worth trying.
+
+    Triton: the model's channels_last, and NCHW, the drop-in for torchvision's op. torchvision's RoIAlign has NCHW
+    kernels (it would first copy anything else) and no bf16: it runs in float32, as under autocast, and in float16,
+    where its coordinates are float16 too and usually miss the gate. The reference indexes cells: channels_last.
     """
-    if provider == "torchvision" and op in ROI_OPS and dtype == torch.bfloat16:
-        return torch.float32
-    return dtype
+    if call.workload.op not in ROI_OPS:
+        yield from (Variant(provider, call.dtype, "contiguous") for provider in PROVIDERS)
+        return
+    yield Variant("triton", call.dtype, "channels_last")
+    yield Variant("triton", call.dtype, "nchw")
+    for dtype in (torch.float32, torch.float16) if call.dtype == torch.bfloat16 else (call.dtype,):
+        yield Variant("torchvision", dtype, "nchw")
+    yield Variant("torch", call.dtype, "channels_last")
+    yield Variant("torch.compile", call.dtype, "channels_last")
 
 
-def why_not_here(provider: str, op: str, device: str) -> str | None:
+def why_not_here(provider: str, call: Call, device: str) -> str | None:
     """The reason why a row gets no time on this kind of device; None where it does."""
     if device == "cpu" and provider == "triton":
         return NO_TRITON_ON_CPU
-    if device == "cpu" and provider == "torch.compile" and op in ROI_OPS:
-        return NO_COMPILED_ROIS_ON_CPU
+    if provider == "torch.compile" and call.workload.op in (*ROI_OPS, "label_anchors"):
+        if device == "cpu":
+            return NO_SLOW_COMPILES_ON_CPU
+        if call.workload.suite != "train" or call.workload.sizes.boxes != "clustered":
+            return COMPILED_ELSEWHERE
     return None
-
-
-def provider_layouts(provider: str, op: str) -> tuple[str, ...]:
-    """The memory formats worth measuring: the model's channels_last, and the drop-in case for Triton.
-
-    The baselines work on NCHW: torchvision's kernels would first copy anything else.
-    """
-    if op in ROI_OPS and provider == "triton":
-        return ("channels_last", "nchw")
-    return ("nchw",) if op in ROI_OPS else ("contiguous",)
 
 
 def get_provider(name: str, op: str) -> Provider:
@@ -95,15 +108,41 @@ def _torchvision(op: str) -> Provider:
 
     if op == "roi_align":
         return Provider("torchvision", op, torchvision.ops.roi_align)
-    if op == "multiscale_roi_align":
-        call = functools.partial(kernels.multiscale_roi_align, backend="torchvision")
-        return Provider("torchvision", op, call)
-    calls = {"box_iou": torchvision.ops.box_iou, "label_anchors": _tv_label_anchors, "mask_bce_loss": _tv_mask_bce_loss}
+    calls = {
+        "multiscale_roi_align": _tv_multiscale_roi_align,
+        "box_iou": _tv_box_iou,
+        "label_anchors": _tv_label_anchors,
+        "mask_bce_loss": _tv_mask_bce_loss,
+    }
     return Provider("torchvision", op, calls[op], _unpad if op == "label_anchors" else lambda inputs: inputs)
 
 
+def _tv_multiscale_roi_align(
+    features: list[Tensor], rois: Tensor, size: int, scales: list[float], sampling_ratio: int
+) -> Tensor:
+    """What torchvision's MultiScaleRoIAlign does, in the features' own dtype: a level at a time."""
+    import torchvision
+    from torchvision.ops.poolers import LevelMapper
+
+    levels = LevelMapper(2, 5)([rois[:, 1:]])
+    out = features[0].new_zeros(len(rois), features[0].shape[1], size, size)
+    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+        index = torch.where(levels == level)[0]
+        pooled = torchvision.ops.roi_align(feature, rois[index].to(feature.dtype), size, scale, sampling_ratio)
+        out[index] = pooled
+    return out
+
+
+def _tv_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    from torchvision.ops import box_iou
+
+    if boxes1.ndim == 2:
+        return box_iou(boxes1, boxes2)
+    return torch.stack([box_iou(a, b) for a, b in zip(boxes1, boxes2, strict=True)])
+
+
 def _unpad(inputs: Inputs) -> Inputs:
-    """Padded ground truth to the list of per-image boxes that torchvision's model holds."""
+    """Padded ground truth to the list of per-image boxes that torchvision's model holds (views, not copies)."""
     anchors, gt_boxes, gt_count = inputs.args
     return Inputs((anchors, [gt[:n] for gt, n in zip(gt_boxes, gt_count.tolist(), strict=True)]))
 

@@ -1,110 +1,216 @@
-"""Device times of an eager call, fed into pytest-benchmark.
+"""Three of the four named times, measured in interleaved rounds; `first_call` is taken where the call is prepared.
 
-What is measured is `op_warm`: one eager call after warming up, caches (L2 included) as the previous call left
-them. On a GPU a pair of events brackets each call, so that host dispatch counts only where the GPU has to wait
-for it; on a CPU it is the wall clock. Cold-cache and kernel-only times are other measurements with other names.
+| name | what it is |
+| --- | --- |
+| kernel_cold | device time with the L2 cache flushed before each call |
+| kernel_warm | device time with the caches as the same call left them |
+| op_eager | what a caller waits for: from an idle device to the result, dispatch included, on the wall clock |
+| first_call | wall time of the first call in a process: compilation and autotuning |
+
+Device times come from a pair of events around the call. Before the first event the device spins for as long as the
+host needs to enqueue the call: the kernels then run back to back, and a slow host is not mistaken for a slow kernel.
+An op that waits for the device inside cannot be enqueued ahead; its device time includes that wait, and the row
+says so (`waits`). On a CPU only `op_eager` exists.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
+METHOD = 1
+"""Version of what is written above. Results of another method are stale: their times mean something else."""
 
-MEASURES = "op_warm"
+TIMES = {"cuda": ("kernel_cold", "kernel_warm", "op_eager"), "cpu": ("op_eager",)}
 # With more, one busy neighbour on the machine makes every parallel region wait a scheduler's tick: times of
 # 4, 8, 12 ms whatever the op costs. CPU times are there to exercise the harness, so steady beats quick.
 CPU_THREADS = 1
+SPIN_HZ = 2.0e9  # at least the SM clock: spinning a little longer than needed costs nothing
+LONGEST_SPIN = 20e-3  # seconds; the launch queue is full long before
+SHORTEST_SAMPLE = 100e-6  # seconds; event pairs resolve about half a microsecond
+FEWEST_ROUNDS, MOST_ROUNDS = 15, 200
+
+Call = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long to go on: a number of samples that fits into `seconds`, within bounds."""
+class Clock:
+    """Samples of one device; a subclass for each kind."""
 
-    seconds: float
-    least: int
-    most: int
-    warm_up: int
+    names: tuple[str, ...]
 
-    def samples(self, seconds_a_call: float) -> int:
-        """Number of samples for calls of this length."""
-        return max(self.least, min(self.most, int(self.seconds / max(seconds_a_call, 1e-9))))
+    def sampler(self, name: str, call: Call) -> Callable[[], float]:
+        """A function that takes one sample, in seconds, of the time called `name`."""
+        return {"op_eager": lambda: self.op_eager(call)}[name]
 
+    def synchronize(self) -> None:
+        """Wait until the device has nothing left to do."""
 
-BUDGETS = {"cuda": Budget(1.0, 30, 300, warm_up=5), "cpu": Budget(0.3, 10, 100, warm_up=2)}
+    def finish_stream(self) -> None:
+        """Wait for the stream that calls are made on, which is all that events and autograd wait for."""
 
+    def waits(self, call: Call) -> bool:
+        """Whether PyTorch makes the host wait for the device inside the call."""
+        return False
 
-@dataclass(frozen=True)
-class Samples:
-    """All samples, none thrown away, and the memory that one call needs beyond what was there before."""
+    def peak_memory(self, call: Call) -> int | None:
+        """Bytes that a call allocates at its peak, beyond what was there; None where PyTorch does not count."""
+        return None
 
-    seconds: list[float]
-    peak_memory_bytes: int | None  # None on a CPU, where PyTorch does not count
-
-
-def measure(call: Callable[[], object], device: str) -> Samples:
-    """Time `call` after warming it up."""
-    budget = BUDGETS[device]
-    for _ in range(budget.warm_up):
-        call()
-    clock = _cuda_samples if device == "cuda" else _cpu_samples
-    count = budget.samples(min(clock(call, 3)))
-    return Samples(clock(call, count), _peak_memory(call) if device == "cuda" else None)
-
-
-def _cpu_samples(call: Callable[[], object], count: int) -> list[float]:
-    seconds = []
-    for _ in range(count):
+    def op_eager(self, call: Call) -> float:
+        """Seconds that a caller waits for the result."""
+        self.synchronize()
         start = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        self.synchronize()
+        return time.perf_counter() - start
 
 
-def _cuda_samples(call: Callable[[], object], count: int) -> list[float]:
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    torch.cuda.synchronize()
-    for start, end in pairs:  # no synchronisation in between: the host may run ahead, as it does in training
-        start.record()
+class CpuClock(Clock):
+    """Wall clock only."""
+
+    names = TIMES["cpu"]
+
+
+class CudaClock(Clock):
+    """Device events; `flush` bytes are overwritten to empty the L2 cache, twice what it holds."""
+
+    names = TIMES["cuda"]
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.empty(2 * max(cache, 32 * 2**20), dtype=torch.uint8, device="cuda")
+
+    def synchronize(self) -> None:
+        """Wait for every stream."""
+        torch.cuda.synchronize()
+
+    def finish_stream(self) -> None:
+        """Wait for the current stream only."""
+        torch.cuda.current_stream().synchronize()
+
+    def sampler(self, name: str, call: Call) -> Callable[[], float]:
+        """As `Clock.sampler`; measures first how long the host takes to enqueue the call."""
+        if name == "op_eager":
+            return super().sampler(name, call)
+        spin = 0 if self.waits(call) else int(min(2 * self._enqueue_seconds(call) + 2e-4, LONGEST_SPIN) * SPIN_HZ)
+        if name == "kernel_cold":
+            return lambda: self._device_seconds(call, self.flush.zero_, spin, 1)
+        # A short call is repeated within a sample, up to what fits into the launch queue.
+        repeats = max(1, min(20, int(SHORTEST_SAMPLE / self._device_seconds(call, call, spin, 1))))
+        return lambda: self._device_seconds(call, call, spin * repeats, repeats)
+
+    def waits(self, call: Call) -> bool:
+        """Ask PyTorch to raise an error instead of waiting."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return False
+
+    def peak_memory(self, call: Call) -> int:
+        """What PyTorch's allocator handed out at most during the call."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _enqueue_seconds(self, call: Call) -> float:
+        seconds = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        return sorted(seconds)[1]
+
+    def _device_seconds(self, call: Call, before: Call, spin: int, repeats: int) -> float:
+        """Seconds a call on the device, with `before` run just ahead of the first event."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if spin:
+            torch.cuda._sleep(spin)
+        before()
+        start.record()
+        for _ in range(repeats):
+            call()
         end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
 
 
-def _peak_memory(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
+def make_clock(device: str) -> Clock:
+    """The clock for "cuda" or "cpu"."""
+    return CudaClock() if device == "cuda" else CpuClock()
 
 
-def backward_call(output: Tensor, leaves: tuple[Tensor, ...], grad_output: Tensor) -> Callable[[], object]:
-    """A call that runs only the backward pass, over a forward pass that is kept."""
+def time_calls(
+    calls: Mapping[str, Call], clock: Clock, seconds: float, names: Sequence[str] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of every call under every name: `result[key][name]`, as many for each key, round by round.
 
-    def call() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
-
-    return call
-
-
-def record(benchmark: BenchmarkFixture, samples: Samples, **extra_info: object) -> None:
-    """Hand samples taken elsewhere to pytest-benchmark, whose table, JSON and comparisons then all work.
-
-    `_make_stats` and `_mode` are private: `tests/bench/test_timing.py` fails if they change.
+    Every name gets an equal share of `seconds`; at least `FEWEST_ROUNDS` rounds are taken whatever they cost.
     """
-    benchmark._mode = "device samples"  # otherwise the fixture warns that it was never used
-    benchmark.extra_info.update(extra_info, measures=MEASURES, peak_memory_bytes=samples.peak_memory_bytes)
-    stats = benchmark._make_stats(1)
-    for seconds in samples.seconds:
-        stats.update(seconds)
+    names = clock.names if names is None else names
+    result: dict[str, dict[str, list[float]]] = {key: {} for key in calls}
+    with steady():
+        for name in names:
+            samplers = {key: clock.sampler(name, call) for key, call in calls.items()}
+            for key, samples in interleave(samplers, seconds / len(names)).items():
+                result[key][name] = samples
+    return result
+
+
+def left_running(call: Call, clock: Clock, repeats: int) -> float:
+    """Seconds that the device works on after the stream of `repeats` calls has finished.
+
+    Work on a stream that the caller's stream does not wait for escapes its events, and its results are not ready
+    when the caller reads them.
+    """
+    clock.synchronize()
+    for _ in range(repeats):
+        call()
+    clock.finish_stream()
+    start = time.perf_counter()
+    clock.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(samplers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+    """One sample of each a round, in the order A B C, C B A, A B C, ...: drift of the clocks hits all alike."""
+    for sample in samplers.values():  # warm up
+        sample()
+    start = time.perf_counter()
+    samples = {key: [] for key in samplers}
+    while (done := len(next(iter(samples.values()), [0] * MOST_ROUNDS))) < MOST_ROUNDS:
+        if done >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        order = list(samplers.items())
+        for key, sample in order if done % 2 == 0 else reversed(order):
+            samples[key].append(sample())
+    return samples
+
+
+@contextmanager
+def steady():  # noqa: ANN201
+    """Few CPU threads and no garbage collection while times are taken."""
+    threads, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(CPU_THREADS)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if collecting:
+            gc.enable()

@@ -2,11 +2,58 @@
 
 import pytest
 import torch
+from tiny_workloads import tiny
 
 import kernels
 from bench.follow import KERNELS, Following
-from bench.gate import WrongResultError, check_backward
-from bench.workloads import WORKLOADS
+from bench.gate import ROIS_AT_ONCE, Truth, WrongResultError
+from bench.providers import get_provider, variants
+from bench.workloads import DIRECTIONS, OPS, WORKLOADS, Call, Sizes, Workload
+
+
+@pytest.mark.parametrize("provider", ["torchvision", "torch"])
+@pytest.mark.parametrize("op", OPS)
+def test_baselines_pass_the_gate(op, provider):
+    # A baseline that computes something else is a comparison with nothing (torch.compile: checked when timed).
+    inputs = tiny(op).build("cpu", torch.float32, grad="backward" in DIRECTIONS[op])
+    run = get_provider(provider, op)
+    adapted = run.adapt(inputs)
+    output = run(adapted)
+    truth = Truth(op, inputs)
+    assert truth.check_forward(output, torch.float32).require().error < 1e-4
+    if "backward" in DIRECTIONS[op]:
+        grad_output = torch.randn_like(output)
+        grads = torch.autograd.grad(output, adapted.leaves, grad_output)
+        assert truth.check_backward(grads, grad_output, torch.float32).require().error < 1e-4
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_gate_turns_red(op):
+    # A gate that never fails would let a fast wrong kernel win.
+    inputs = tiny(op).build("cpu", torch.float32)
+    output = get_provider("torch", op)(inputs)
+    wrong = (-1 - output[0], output[1]) if op == "label_anchors" else output * 1.01
+    with pytest.raises(WrongResultError, match="exceeds"):
+        Truth(op, inputs).check_forward(wrong, torch.float32).require()
+
+
+def test_the_gate_turns_red_on_nan():
+    # NaN compares false with every tolerance: the comparison has to be the right way round.
+    inputs = tiny("box_iou").build("cpu", torch.float32)
+    nan = torch.full_like(get_provider("torch", "box_iou")(inputs), float("nan"))
+    with pytest.raises(WrongResultError):
+        Truth("box_iou", inputs).check_forward(nan, torch.float32).require()
+
+
+def test_more_rois_than_the_truth_takes_at_once():
+    # It goes through them in pieces; a gradient that several pieces share has to be their sum.
+    sizes = Sizes(1, (128, 160), rois=ROIS_AT_ONCE + 5, channels=1)
+    inputs = Workload("roi_align", "many", "cpu", sizes).build("cpu", torch.float32, grad=True)
+    output = get_provider("torch", "roi_align")(inputs)
+    truth, grad_output = Truth("roi_align", inputs), torch.randn_like(output)
+    assert truth.check_forward(output, torch.float32).require().error < 1e-5
+    grads = torch.autograd.grad(output, inputs.leaves, grad_output)
+    assert truth.check_backward(grads, grad_output, torch.float32).require().error < 1e-5
 
 
 @pytest.mark.parametrize("fault", ["nan", "wrong"])
@@ -17,10 +64,48 @@ def test_a_wrong_gradient_is_refused(fault):
     exact = [leaf.detach().clone().requires_grad_() for leaf in inputs.leaves]
     iou = kernels.box_iou(*exact, backend="torch")
     grads = list(torch.autograd.grad(iou, exact, torch.ones_like(iou)))
-    check_backward("box_iou", inputs, grads, torch.ones_like(iou), torch.float32).require()
+    truth = Truth("box_iou", inputs)
+    truth.check_backward(grads, torch.ones_like(iou), torch.float32).require()
     grads[1] = grads[1] * (float("nan") if fault == "nan" else 1.1)
     with pytest.raises(WrongResultError):
-        check_backward("box_iou", inputs, grads, torch.ones_like(iou), torch.float32).require()
+        truth.check_backward(grads, torch.ones_like(iou), torch.float32).require()
+
+
+def test_the_truth_follows_a_new_incoming_gradient():
+    # It is kept between providers, which share one; after timing there is another one.
+    inputs = tiny("mask_bce_loss").build("cpu", torch.float32, grad=True)
+    loss = get_provider("torch", "mask_bce_loss")(inputs)
+    truth = Truth("mask_bce_loss", inputs)
+    for incoming in (torch.tensor(1.0), torch.tensor(-3.0)):
+        grads = torch.autograd.grad(loss, inputs.leaves, incoming, retain_graph=True)
+        truth.check_backward(grads, incoming, torch.float32).require()
+
+
+@pytest.mark.parametrize("op", ["multiscale_roi_align", "label_anchors"])
+def test_every_image_can_be_checked(op):
+    # A provider that computes only the images that are always looked at must not pass: others are drawn later.
+    sizes = Sizes(4, (128, 160), rois=6, channels=2, objects=3)
+    inputs = Workload(op, "four", "cpu", sizes).build("cpu", torch.float32)
+    output = get_provider("torch", op)(inputs)
+    for images in ([1, 2], [3], [0, 2]):
+        truth = Truth(op, inputs, images)
+        truth.check_forward(output, torch.float32).require()
+        if op == "label_anchors":
+            output[0][images[-1]] = -1 - output[0][images[-1]]
+        else:
+            output[inputs.args[1][:, 0] == images[-1]] += 1
+        with pytest.raises(WrongResultError):
+            truth.check_forward(output, torch.float32).require()
+        output = get_provider("torch", op)(inputs)
+
+
+def test_torchvision_is_never_silently_measured_in_another_dtype():
+    # It has no bf16 RoIAlign: rows carry the dtypes that were really measured, the best one and the nearest one.
+    dtypes = {}
+    for op in ("roi_align", "mask_bce_loss"):
+        chosen = variants(Call(tiny(op), "forward", torch.bfloat16))
+        dtypes[op] = {v.dtype for v in chosen if v.provider == "torchvision"}
+    assert dtypes == {"roi_align": {torch.float32, torch.float16}, "mask_bce_loss": {torch.bfloat16}}
 
 
 @pytest.mark.parametrize("field", ["loss_errors", "gradient_errors", "pyramid_gradients"])

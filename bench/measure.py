@@ -1,0 +1,270 @@
+"""One call, all its providers: check, time in interleaved rounds, change the inputs, check again. One row a variant.
+
+A row is a plain dict, the same in pytest-benchmark's `extra_info`, in a study's file and in the report:
+
+| key | value |
+| --- | --- |
+| op, direction, workload, suite, dtype | the call |
+| provider, layout, measured_dtype, device | the variant, and where it ran |
+| status, reason | "ok"; "red": a wrong result; "skipped": cannot run here; "failed": an error. Only "ok" has times |
+| times, first_call | {name: [seconds, a sample a round]}; see `timing` |
+| twin | on one row a call: the times of the same variant measured a second time, for the noise floor |
+| error, tolerance | the larger of the errors before and after timing, against the reference in float64 |
+| peak_memory_bytes, saved_bytes | a call's peak beyond what was there; what is kept from forward to backward |
+| floor | the fewest bytes and instructions that the call can do with; added by `add_floors` |
+| waits | whether the host waits for the device inside the call |
+| inputs, sources, method | hashes and version: a result of other inputs, code or method is stale |
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from .floors import floor
+from .gate import Truth, Verdict, WrongResultError, random_images
+from .inputs import Inputs
+from .providers import Variant, get_provider, variants, why_not_here
+from .sources import source_hash
+from .timing import METHOD, Clock, left_running, make_clock, time_calls
+from .workloads import DTYPE_NAMES, Call, Workload
+
+SECONDS = {"cuda": 2.0, "cpu": 0.3}  # of timing, a call and all its providers
+TWIN = "twin"
+
+
+class Draws:
+    """The inputs that all variants of a call share, and the right answers to them."""
+
+    def __init__(self, call: Call, device: str) -> None:
+        self.call, self.device = call, device
+        self._inputs: dict[tuple[torch.dtype, str], Inputs] = {}
+        self._truths: dict[torch.dtype, Truth] = {}
+        self._fresh = 0
+
+    def inputs(self, dtype: torch.dtype, layout: str) -> Inputs:
+        """The same values in any dtype and layout."""
+        key = (dtype, layout)
+        if key not in self._inputs:
+            grad = self.call.direction == "backward"
+            self._inputs[key] = self.call.workload.build(self.device, dtype, layout, grad, self._fresh)
+        return self._inputs[key]
+
+    def truth(self, dtype: torch.dtype) -> Truth:
+        """For the inputs in `dtype`: rounding them is not the provider's fault."""
+        if dtype not in self._truths:
+            inputs = next(i for (d, _), i in self._inputs.items() if d == dtype)
+            count = self.call.workload.sizes.images
+            images = random_images(count) if self._fresh and count else None
+            self._truths[dtype] = Truth(self.call.workload.op, inputs, images)
+        return self._truths[dtype]
+
+    def grad_output(self, output: Tensor) -> Tensor:
+        """An incoming gradient, the same for every variant, in the layout of its output."""
+        generator = torch.Generator(self.device).manual_seed(self._fresh)
+        values = torch.randn(output.shape, generator=generator, device=self.device)
+        return torch.empty_like(output, requires_grad=False).copy_(values)
+
+    def refresh(self) -> None:
+        """Other values in the same tensors. A backward pass keeps its inputs: there the incoming gradient changes."""
+        self._fresh += 1
+        self._truths.clear()
+        if self.call.direction == "forward":
+            for (dtype, layout), inputs in self._inputs.items():
+                inputs.overwrite(self.call.workload.build(self.device, dtype, layout, fresh=self._fresh))
+
+
+class Contestant:
+    """A variant, ready to be called again and again. Making one runs it once: that is the first call."""
+
+    def __init__(self, variant: Variant, draws: Draws, clock: Clock) -> None:
+        self.variant, self.draws = variant, draws
+        self.op, self.backward = draws.call.workload.op, draws.call.direction == "backward"
+        self.inputs = draws.inputs(variant.dtype, variant.layout)
+        self.provider = get_provider(variant.provider, self.op)
+        self.adapted = self.provider.adapt(self.inputs)
+        self.saved_bytes: int | None = None
+        clock.synchronize()
+        start = time.perf_counter()
+        self._first()
+        clock.synchronize()
+        self.first_call = time.perf_counter() - start
+
+    def __call__(self) -> object:
+        """What is timed: the forward pass, or the backward pass over a forward pass that is kept."""
+        if self.backward:
+            return torch.autograd.grad(self.output, self.adapted.leaves, self.grad_output, retain_graph=True)
+        with torch.no_grad():
+            return self.provider(self.adapted)
+
+    def check(self) -> Verdict:
+        """Run, and compare with the truth; raises `WrongResultError`."""
+        truth, dtype = self.draws.truth(self.variant.dtype), self.variant.dtype
+        if self.backward:
+            return truth.check_backward(self(), self.grad_output, dtype).require()
+        return truth.check_forward(self(), dtype).require()
+
+    def refresh(self) -> None:
+        """Follow `Draws.refresh`: the gradient's new values go into the tensor that the timed call reads."""
+        if self.backward:
+            self.grad_output.copy_(self.draws.grad_output(self.output))
+
+    def _first(self) -> None:
+        if self.backward:
+            self.output, self.saved_bytes = _counting_saved(lambda: self.provider(self.adapted))
+            self.grad_output = self.draws.grad_output(self.output)
+        self()
+
+
+def measure_call(
+    call: Call,
+    device: str,
+    seconds: float | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> list[dict]:
+    """Measure all variants of `call`; one row each, in their order. `seconds=0` checks and takes no times.
+
+    Raises:
+        torch.AcceleratorError: a kernel broke the CUDA context, and with it this process.
+    """
+    seconds = SECONDS[device] if seconds is None else seconds
+    clock, draws = make_clock(device), Draws(call, device)
+    rows, ready = [], []
+    for variant in variants(call):
+        row = _blank_row(call, variant, device)
+        rows.append(row)
+        on_step(str(variant))
+        contestant = _prepare(row, variant, draws, clock)
+        if contestant is not None:
+            ready.append((row, contestant))
+    if seconds and ready:
+        on_step("timing")
+        _time(ready, clock, seconds)
+        on_step("checking again")
+        _check_again(ready, draws)
+    return rows
+
+
+def add_floors(call: Call, rows: list[dict]) -> None:
+    """The fewest bytes and instructions of the call, in each row's own dtype; needs no GPU."""
+    for row in rows:
+        dtype = next(d for d, name in DTYPE_NAMES.items() if name == row["measured_dtype"])
+        row["floor"] = _floor(call.workload, call.direction, dtype)
+
+
+@functools.cache
+def _floor(workload: Workload, direction: str, dtype: torch.dtype) -> dict:
+    return asdict(floor(workload.op, direction, workload.boxes_only(dtype), dtype))
+
+
+def _blank_row(call: Call, variant: Variant, device: str) -> dict:
+    workload = call.workload
+    return {
+        "op": workload.op,
+        "direction": call.direction,
+        "workload": workload.name,
+        "suite": workload.suite,
+        "dtype": call.dtype_name,
+        "provider": variant.provider,
+        "layout": variant.layout,
+        "measured_dtype": DTYPE_NAMES[variant.dtype],
+        "device": device,
+        "inputs": workload.fingerprint,
+        "sources": source_hash(workload.op),
+        "method": METHOD,
+    }
+
+
+def _prepare(row: dict, variant: Variant, draws: Draws, clock: Clock) -> Contestant | None:
+    """A contestant that passed the gate, or None with the reason in `row`."""
+    reason = why_not_here(variant.provider, draws.call, row["device"])
+    if reason is not None:
+        row.update(status="skipped", reason=reason)
+        return None
+    try:
+        contestant = Contestant(variant, draws, clock)
+        verdict = contestant.check()
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        row.update(_failure(error, variant.provider))
+        return None
+    row.update(
+        status="ok", reason="", error=verdict.error, tolerance=verdict.tolerance, shapes=contestant.inputs.shapes(),
+        first_call=_short(contestant.first_call), saved_bytes=contestant.saved_bytes,
+    )  # fmt: skip
+    return contestant
+
+
+def _failure(error: Exception, provider: str) -> dict:
+    """Status and reason. A baseline may be unable to run: out of memory, or nothing to compile with."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    text = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
+    if isinstance(error, WrongResultError):
+        return {"status": "red", "reason": str(error)}
+    if provider != "triton" and isinstance(error, (torch.OutOfMemoryError, TorchDynamoException)):
+        return {"status": "skipped", "reason": f"cannot run this: {text}"}
+    return {"status": "failed", "reason": text}
+
+
+def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) -> None:
+    """Fill in times, memory and waits; a row whose work escapes the clock turns red."""
+    calls = {str(c.variant): c for _, c in ready}
+    first = ready[0][1]
+    # The twin stands last: had it stood beside its original, it would always find the caches as that left them.
+    times = time_calls({**calls, TWIN: first}, clock, seconds)
+    for row, contestant in ready:
+        row["times"] = _shortened(times[str(contestant.variant)])
+        row["waits"] = clock.waits(contestant)
+        row["peak_memory_bytes"] = clock.peak_memory(contestant)
+        eager = min(row["times"]["op_eager"])
+        repeats = max(1, min(100, int(5e-3 / eager)))
+        left = left_running(contestant, clock, repeats)
+        if left > 5e-4 and left > 0.2 * repeats * eager:
+            _turn_red(row, f"the device worked on for {left:.1e} s after the call's stream had finished")
+    ready[0][0][TWIN] = _shortened(times[TWIN])
+
+
+def _check_again(ready: list[tuple[dict, Contestant]], draws: Draws) -> None:
+    """With other values in the same tensors: a result that was kept from an earlier call is now wrong."""
+    draws.refresh()
+    for row, contestant in ready:
+        try:
+            contestant.refresh()
+            row["error"] = max(row["error"], contestant.check().error)
+        except WrongResultError as error:
+            _turn_red(row, f"after timing, with other inputs: {error}")
+
+
+def _turn_red(row: dict, reason: str) -> None:
+    row.update(status="red", reason=reason)
+    for key in ("times", TWIN, "first_call"):
+        row.pop(key, None)
+
+
+def _counting_saved(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Result, and the bytes of all tensors kept for backward (inputs as well: they cannot be freed either)."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = function()
+    return output, sum(storages.values())
+
+
+def _shortened(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [_short(s) for s in samples] for name, samples in times.items()}
+
+
+def _short(seconds: float) -> float:
+    """Four digits: more is noise, and a study has fifty thousand samples."""
+    return float(f"{seconds:.4g}")

@@ -1,0 +1,46 @@
+"""Which source a result was measured with: a hash that comments, docstrings and empty lines do not change."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+SHARED = ("backend.py", "checks.py", "device.py", "runtime.py")
+FOLDERS = {
+    "roi_align": ("roi_align",),
+    "multiscale_roi_align": ("roi_align",),
+    "box_iou": ("box_iou",),
+    "label_anchors": ("label_anchors", "box_iou"),  # its reference forms the matrix
+    "mask_bce_loss": ("mask_bce_loss",),
+}
+
+
+@functools.cache
+def source_hash(op: str) -> str:
+    """Hash of all code of `kernels/` that the op runs."""
+    files = [KERNELS / name for name in SHARED]
+    for folder in FOLDERS[op]:
+        files += sorted((KERNELS / folder).glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(KERNELS).as_posix()}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def code_of(source: str) -> str:
+    """`source` without docstrings, comment lines and empty lines: rewording must not make a measurement stale.
+
+    It drops lines rather than printing the syntax tree, which differs between releases of Python.
+    """
+    dropped: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            dropped.update(range(text.lineno, text.end_lineno + 1))
+    lines = enumerate(source.splitlines(), start=1)
+    return "\n".join(
+        line.rstrip() for n, line in lines if n not in dropped and line.strip() and not line.strip().startswith("#")
+    )

@@ -1,0 +1,193 @@
+"""A provider that cheats gets no time: each test plants one way of being fast without doing the work."""
+
+import threading
+import time
+
+import pytest
+import torch
+from tiny_workloads import tiny
+
+from bench import measure
+from bench.measure import measure_call
+from bench.providers import Provider, Variant, get_provider
+from bench.timing import CpuClock, left_running
+from bench.workloads import Call
+
+FORWARD = Call(tiny("roi_align"), "forward", torch.float32)
+BACKWARD = Call(tiny("mask_bce_loss"), "backward", torch.float32)
+LABELS = Call(tiny("label_anchors"), "forward", torch.float32)
+SECONDS = 0.02
+
+
+def measure_with(monkeypatch, call, cheat):
+    """Rows of the honest reference and of `cheat`, a function of the honest one that returns what to call."""
+    honest = get_provider("torch", call.workload.op)
+
+    def choose(name, op):
+        return Provider(name, op, cheat(honest.call)) if name == "cheat" else honest
+
+    layout = "nchw" if call.workload.op == "roi_align" else "contiguous"
+    monkeypatch.setattr(measure, "get_provider", choose)
+    monkeypatch.setattr(measure, "variants", lambda call: [Variant(p, call.dtype, layout) for p in ("torch", "cheat")])
+    return measure_call(call, "cpu", SECONDS)
+
+
+def assert_only_the_cheat_is_red(rows, reason):
+    honest, cheat = rows
+    assert honest["status"] == "ok" and len(honest["times"]["op_eager"]) == len(honest["twin"]["op_eager"]) >= 15
+    assert cheat["status"] == "red" and reason in cheat["reason"]
+    assert "times" not in cheat and "first_call" not in cheat
+
+
+@pytest.mark.parametrize("call", [FORWARD, LABELS], ids=str)
+def test_a_result_kept_from_an_earlier_call_is_caught(monkeypatch, call):
+    # The same inputs every time would hide it: they change after timing, in the same tensors, so that no key helps.
+    def keep(op):
+        kept = []
+
+        def run(*args):
+            if not kept:
+                kept.append(op(*args))
+            return kept[0]
+
+        return run
+
+    assert_only_the_cheat_is_red(measure_with(monkeypatch, call, keep), "after timing")
+
+
+def test_a_kept_gradient_is_caught(monkeypatch):
+    # In a backward pass the incoming gradient changes.
+    def keep(op):
+        class Kept(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits, *rest):
+                with torch.enable_grad():
+                    leaf = logits.detach().requires_grad_()
+                    ctx.inside = op(leaf, *rest)
+                ctx.leaf, ctx.grad = leaf, None
+                return ctx.inside.detach()
+
+            @staticmethod
+            def backward(ctx, grad):
+                if ctx.grad is None:
+                    (ctx.grad,) = torch.autograd.grad(ctx.inside, ctx.leaf, grad, retain_graph=True)
+                return ctx.grad, None, None
+
+        return Kept.apply
+
+    assert_only_the_cheat_is_red(measure_with(monkeypatch, BACKWARD, keep), "after timing")
+
+
+def test_work_skipped_after_the_check_is_caught(monkeypatch):
+    # Right the first time it is looked at, lazy while the clock runs.
+    def lazy(op):
+        calls = []
+
+        def run(*args):
+            calls.append(1)
+            return op(*args) if len(calls) < 3 else torch.empty_like(op(*args)).fill_(1e-3)
+
+        return run
+
+    assert_only_the_cheat_is_red(measure_with(monkeypatch, FORWARD, lazy), "after timing")
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_an_unwritten_output_is_caught(monkeypatch, fill):
+    # Zeros and NaN are what memory holds when a kernel writes nothing.
+    def blank(op):
+        return lambda *args: torch.full_like(op(*args), fill)
+
+    assert_only_the_cheat_is_red(measure_with(monkeypatch, FORWARD, blank), "exceeds")
+
+
+def test_half_the_rois_are_caught(monkeypatch):
+    # A grid that is too small leaves the last RoIs out.
+    def half(op):
+        def run(feature, rois, *rest):
+            out = op(feature, rois, *rest)
+            out[len(rois) // 2 :] = 0
+            return out
+
+        return run
+
+    assert_only_the_cheat_is_red(measure_with(monkeypatch, FORWARD, half), "exceeds")
+
+
+class Streams(CpuClock):
+    """A device with a second stream, played by threads: the caller's own stream is always done at once."""
+
+    def __init__(self):
+        self.threads = []
+
+    def synchronize(self):
+        for thread in self.threads:
+            thread.join()
+        self.threads.clear()
+
+
+def test_work_on_another_stream_is_noticed():
+    # Events on the caller's stream see nothing of it. What is left when that stream is done gives it away.
+    clock = Streams()
+
+    def elsewhere():
+        clock.threads.append(threading.Thread(target=time.sleep, args=(0.05,)))
+        clock.threads[-1].start()
+
+    assert left_running(elsewhere, clock, repeats=2) > 0.02
+    assert left_running(lambda: time.sleep(0.01), clock, repeats=2) < 0.005
+
+
+def test_another_stream_turns_the_row_red(monkeypatch):
+    # The number alone would be read by nobody.
+    monkeypatch.setattr(measure, "left_running", lambda call, clock, repeats: 0.1 * (call.variant.provider == "cheat"))
+    rows = measure_with(monkeypatch, FORWARD, lambda op: op)
+    assert_only_the_cheat_is_red(rows, "after the call's stream had finished")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_second_stream_turns_the_row_red(monkeypatch):
+    call = Call(tiny("roi_align"), "forward", torch.float32)
+    honest, side = get_provider("torch", "roi_align"), torch.cuda.Stream()
+
+    def run(*args):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            return honest.call(*args)
+
+    class Patient(Provider):
+        def __call__(self, inputs):
+            return run(*inputs.args)
+
+    monkeypatch.setattr(measure, "get_provider", lambda name, op: Patient(name, op, run) if name == "cheat" else honest)
+    monkeypatch.setattr(measure, "variants", lambda c: [Variant("cheat", c.dtype, "nchw")])
+    (row,) = measure_call(call, "cuda", SECONDS)
+    assert row["status"] == "red"
+
+
+def test_an_error_costs_its_own_row_only(monkeypatch):
+    # One baseline that cannot run must not take the others' times with it.
+    def broken(op):
+        def run(*args):
+            raise RuntimeError("no kernel\nfor this")
+
+        return run
+
+    honest, cheat = measure_with(monkeypatch, FORWARD, broken)
+    assert honest["status"] == "ok"
+    assert (cheat["status"], cheat["reason"]) == ("failed", "RuntimeError: no kernel")
+
+
+def test_without_time_only_the_gate_runs():
+    # `--benchmark-disable` is the quick check that all providers are right.
+    rows = measure_call(FORWARD, "cpu", seconds=0)
+    assert {r["status"] for r in rows} == {"ok", "skipped"} and not any("times" in r for r in rows)
+
+
+def test_bytes_kept_for_backward_are_counted():
+    # Our mask loss keeps logits, labels and targets; a provider that keeps less is better, so it must show.
+    (row,) = [r for r in measure_call(BACKWARD, "cpu", seconds=0) if r["provider"] == "torchvision"]
+    logits, labels, targets = BACKWARD.workload.build("cpu", torch.float32).args
+    picked = logits[:, 0].numel() * 4
+    assert row["saved_bytes"] >= picked + labels.numel() * 8 + targets.numel() * 4
+    assert row["saved_bytes"] < logits.numel() * 4  # not the logits themselves
