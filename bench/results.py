@@ -1,132 +1,226 @@
-"""From pytest-benchmark's JSON to one table: a row a measurement, with its ratios to the baselines.
+"""Results files and the table made of them: a line a row of `measure`, with ratios, verdicts and shares of the roof.
 
-Ratios are speed-ups: baseline time over the row's time, so 2 means twice as fast.
-
-- `ratio_best`: against the best baseline, whatever its layout, whose precision is at least the row's. A bf16 row
-  has to beat an fp32 or fp16 baseline too, where that is the quickest; an fp32 row only fp32 ones.
-- `ratio_same_dtype`: against the best baseline measured in the very same dtype.
+Two files hold the same rows: a study's `study.jsonl` (a line a session or row) and pytest-benchmark's JSON (rows in
+`extra_info`). Ratios are speed-ups: baseline time over the row's time, so 2 means twice as fast.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-CALL = ["op", "direction", "workload"]
-NAMES = [*CALL, "dtype", "measured_dtype", "provider", "layout", "device"]
-EXTRA = ["shapes", "error", "tolerance", "measures", "peak_memory_bytes", "note"]
-TIMES = ["median", "q25", "q75", "samples"]  # seconds
-RATIOS = ["best_baseline", "best_median", "ratio_best", "ratio_same_dtype"]
-COLUMNS = [*NAMES, *TIMES, *RATIOS, *EXTRA]
+from .ceilings import Ceilings
+from .floors import Floor, roof
+from .sources import FOLDERS, source_hash
+from .timing import METHOD, TIMES
+from .verdicts import compare, noise_floor
+from .workloads import WORKLOADS
+
+STUDY_FILE = "study.jsonl"
+CALL = ["op", "direction", "workload", "dtype"]
+NAMES = [*CALL, "suite", "provider", "layout", "measured_dtype", "device"]
+ABOVE_ROOF = 1.05
+"""A share of the roof that no measurement can reach: ceilings are measured too, to a few per cent."""
+MAIN_TIME = {"cuda": "kernel_cold", "cpu": "op_eager"}
+"""The time that ratios and verdicts are about, unless another one is named."""
 
 
 class ResultsError(ValueError):
-    """The file is not a result of the benchmark suite; the message is one sentence for the user."""
+    """The file is not a result of this suite; the message is one sentence for the user."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
-    """One run: the table, the rows without a time, and where it all comes from."""
+    """Rows, the newest of every name, and the sessions that measured them."""
 
-    table: pd.DataFrame
-    gaps: list[dict]
-    machine: dict
-    commit: dict
-    when: str
-    command: str
+    rows: list[dict] = field(default_factory=list)
+    sessions: dict[int, dict] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> str:
+        """What the results are of: the GPU's name, or a CPU."""
+        gpus = {(s["environment"].get("gpu") or {}).get("name") for s in self.sessions.values()}
+        return ", ".join(sorted(str(name or "a CPU") for name in gpus)) or "unknown"
 
     @property
     def on_gpu(self) -> bool:
         """Whether device times were taken."""
-        return bool((self.table["device"] == "cuda").any())
+        return any(row["device"] == "cuda" for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        """Add a row; it replaces an older one of the same name."""
+        self.rows = [r for r in self.rows if _key(r) != _key(row)]
+        self.rows.append(row)
+
+    def call_rows(self) -> dict[tuple, list[dict]]:
+        """The rows of each call."""
+        calls: dict[tuple, list[dict]] = {}
+        for row in self.rows:
+            calls.setdefault(tuple(row[name] for name in CALL), []).append(row)
+        return calls
+
+    def table(self, time: str | None = None) -> pd.DataFrame:
+        """One line a row, with the columns that `_line` gives; `time` is by default `MAIN_TIME`."""
+        lines = []
+        for rows in self.call_rows().values():
+            # What is left of an earlier session saw other clocks: it is compared with its own session only.
+            for session in dict.fromkeys(row.get("session", 0) for row in rows):
+                together = [row for row in rows if row.get("session", 0) == session]
+                ceilings = self.sessions.get(session, {}).get("ceilings")
+                lines += _call_lines(together, time or MAIN_TIME[rows[0]["device"]], ceilings)
+        return pd.DataFrame(lines)
 
 
-def load_results(path: Path | str) -> pd.DataFrame:
-    """The table of a results file, one row a measurement, with the columns `COLUMNS`."""
-    return read_results(path).table
+def why_stale(row: dict) -> str | None:
+    """What has changed since the row was measured; None where it still holds."""
+    workload = next((w for w in WORKLOADS if (w.op, w.name) == (row["op"], row["workload"])), None)
+    if workload is None or row["op"] not in FOLDERS:
+        return "the workload is gone"
+    if row.get("inputs") != workload.fingerprint:
+        return "the inputs changed"
+    if row.get("sources") != source_hash(row["op"]):
+        return "the op's source changed"
+    if row.get("method") != METHOD:
+        return "the way of timing changed"
+    return None
 
 
 def read_results(path: Path | str) -> Results:
-    """Read a file written by `pytest bench --benchmark-json=FILE`; raise `ResultsError` if it is not one."""
+    """Read a study's file or folder, or pytest-benchmark's JSON; raise `ResultsError` if it is neither."""
     path = Path(path)
-    content = _read_json(path)
-    benchmarks = content.get("benchmarks") if isinstance(content, dict) else None
-    if not benchmarks:
-        raise ResultsError(f"{path} holds no benchmarks: run `pytest bench --benchmark-only` to measure some.")
+    path = path / STUDY_FILE if path.is_dir() else path
     try:
-        table = pd.DataFrame([_row(b) for b in benchmarks])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path} was not written by this benchmark suite: {error!r} is missing.") from error
-    return Results(
-        table=add_ratios(table)[COLUMNS],
-        gaps=content.get("not_measured", []),
-        machine=content.get("machine_info", {}),
-        commit=content.get("commit_info", {}),
-        when=content.get("datetime", "unknown"),
-        command=content.get("command", "python -m pytest bench --benchmark-only --benchmark-json=RESULTS.json"),
-    )
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ResultsError(f"{path} does not exist.") from None
     except OSError as error:
         raise ResultsError(f"{path} cannot be read: {error.strerror}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{path} is not text ({error}).") from None
+    try:
+        results = _from_study(text) if path.suffix == ".jsonl" else _from_pytest_benchmark(text)
+    except json.JSONDecodeError as error:
         raise ResultsError(f"{path} is not valid JSON ({error}).") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ResultsError(f"{path} was not written by this suite: {error!r}.") from error
+    if not results.rows:
+        raise ResultsError(f"{path} holds no measurements: run `mrcnn-bench study` or `pytest bench --benchmark-only`.")
+    return results
 
 
-def _row(benchmark: dict) -> dict:
-    extra, stats = benchmark["extra_info"], benchmark["stats"]
-    samples = stats.get("data") or [stats["q1"], stats["median"], stats["q3"]]  # --benchmark-save drops the data
-    q25, median, q75 = np.quantile(samples, [0.25, 0.5, 0.75])
-    times = {"median": median, "q25": q25, "q75": q75, "samples": stats["rounds"]}
-    return {**{name: extra[name] for name in NAMES}, **times, **{name: extra.get(name) for name in EXTRA}}
+def _key(row: dict) -> tuple:
+    return tuple(row[name] for name in NAMES)
 
 
-def add_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns `RATIOS`; empty where a call has no baseline to compare with."""
-    comparisons = [_compare(row, table) for _, row in table.iterrows()]
-    return table.assign(**{name: [c[name] for c in comparisons] for name in RATIOS})
+def _from_study(text: str) -> Results:
+    results = Results()
+    newest: dict[tuple, dict] = {}
+    for line in _whole_lines(text):
+        entry = json.loads(line)
+        kind = entry.pop("kind")
+        if kind == "session":
+            results.sessions[entry["session"]] = entry
+        elif kind == "row":
+            newest[_key(entry)] = entry
+    results.rows = list(newest.values())
+    return results
 
 
-def _compare(row: pd.Series, table: pd.DataFrame) -> dict:
-    same_call = (table[CALL] == row[CALL]).all(axis=1)
-    rivals = table[same_call & (table["provider"] != "triton")]
-    if row["dtype"] == "fp32":
-        rivals = rivals[rivals["measured_dtype"] == "fp32"]
-    same_dtype = rivals[rivals["measured_dtype"] == row["measured_dtype"]]
-    if rivals.empty:
-        return {"best_baseline": None, "best_median": np.nan, "ratio_best": np.nan, "ratio_same_dtype": np.nan}
-    best = rivals.loc[rivals["median"].idxmin()]
+def _whole_lines(text: str) -> Iterator[str]:
+    """A line without its end was cut off while it was being written: it does not count."""
+    return (line for line in text.split("\n")[:-1] if line.strip())
+
+
+def _from_pytest_benchmark(text: str) -> Results:
+    content = json.loads(text)
+    rows = [b["extra_info"] for b in content["benchmarks"]] + content.get("not_measured", [])
+    for row in rows:
+        _key(row)  # KeyError: another suite's file
+    session = {
+        "session": 0,
+        "environment": content.get("machine_info", {}),
+        "ceilings": content.get("ceilings"),
+        "commit": content.get("commit_info", {}),
+        "started": content.get("datetime", "unknown"),
+        "command": content.get("command", "python -m pytest bench --benchmark-only --benchmark-json=RESULTS.json"),
+    }
+    return Results([{**row, "session": 0} for row in rows], {0: session})
+
+
+def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[dict]:
+    """The lines of one call: ratios are between rows that were measured together."""
+    roofs = [_roofs(row, ceilings) for row in rows]
+    rows = [_refuse_above_roof(row, found) for row, found in zip(rows, roofs, strict=True)]
+    timed = [r for r in rows if r["status"] == "ok" and time in r.get("times", {})]
+    noise = next((noise_floor(r["times"][time], r["twin"][time]) for r in timed if r.get("twin")), np.nan)
+    baselines = [r for r in timed if r["provider"] != "triton"]
+    best = min(baselines, key=lambda r: np.median(r["times"][time]), default=None)
+    for row, found in zip(rows, roofs, strict=True):
+        line = {**{n: row[n] for n in NAMES}, "status": row["status"], "reason": row["reason"], "time": time}
+        line |= {"stale": why_stale(row), "noise": noise, "session": row.get("session", 0)}
+        for name in ("error", "tolerance", "peak_memory_bytes", "saved_bytes", "waits", "shapes"):
+            line[name] = row.get(name)
+        line["first_call"] = row.get("first_call", np.nan) if row["status"] == "ok" else np.nan
+        for name in TIMES["cuda"]:
+            samples = row.get("times", {}).get(name) if row["status"] == "ok" else None
+            line[name] = np.median(samples) if samples else np.nan
+        line |= _quantiles(row, time) | _ratios(row, time, best, baselines, noise) | found
+        yield line
+
+
+def _refuse_above_roof(row: dict, found: dict) -> dict:
+    """Faster than the machine can move the bytes: the work was not done, or not timed."""
+    if not found["roof_share"] > ABOVE_ROOF:
+        return row
+    reason = f"{found['roof_share']:.0%} of its roof: the model of its work or the measurement is wrong"
+    found["roof_share"] = np.nan  # roof / share would be the time
+    return {**{k: v for k, v in row.items() if k not in ("times", "twin")}, "status": "red", "reason": reason}
+
+
+def _quantiles(row: dict, time: str) -> dict:
+    samples = row.get("times", {}).get(time) if row["status"] == "ok" else None
+    low, median, high = np.quantile(samples, [0.25, 0.5, 0.75]) if samples else [np.nan] * 3
+    return {"median": median, "q25": low, "q75": high, "samples": len(samples or [])}
+
+
+def _ratios(row: dict, time: str, best: dict | None, baselines: list[dict], noise: float) -> dict:
+    """Against the best baseline in any dtype, and against the best one in the row's own dtype."""
+    if row["status"] != "ok" or best is None or time not in row.get("times", {}):
+        empty = dict.fromkeys(("best_median", "ratio", "low", "high", "ratio_same_dtype"), np.nan)
+        return {"best_baseline": None, "verdict": None, **empty}
+    ours, theirs = row["times"][time], best["times"][time]
+    compared = compare(ours, theirs, 0.0 if np.isnan(noise) else noise)
+    same = [np.median(b["times"][time]) for b in baselines if b["measured_dtype"] == row["measured_dtype"]]
     return {
         "best_baseline": f"{best['provider']} {best['measured_dtype']}",
-        "best_median": best["median"],
-        "ratio_best": best["median"] / row["median"],
-        "ratio_same_dtype": np.nan if same_dtype.empty else same_dtype["median"].min() / row["median"],
+        "best_median": np.median(theirs),
+        "ratio": compared.ratio,
+        "low": compared.low,
+        "high": compared.high,
+        "verdict": compared.verdict,
+        "ratio_same_dtype": min(same) / np.median(ours) if same else np.nan,
     }
 
 
+def _roofs(row: dict, ceilings: dict | None) -> dict:
+    """The fewest bytes, the roof of a cold call in seconds, what it is made of, and the share of it reached."""
+    floor = Floor(**row["floor"]) if row.get("floor") else None
+    found = {"dram_bytes": floor.dram_bytes if floor else np.nan, "roof": np.nan, "bound": None, "roof_share": np.nan}
+    if floor and ceilings:
+        found["roof"], found["bound"] = roof(floor, Ceilings.from_dict(ceilings), cold=True)
+        samples = row.get("times", {}).get("kernel_cold") if row["status"] == "ok" else None
+        found["roof_share"] = found["roof"] / np.median(samples) if samples else np.nan
+    return found
+
+
 def best_triton_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Triton's quickest layout of every call and dtype, as the baselines are in theirs too."""
-    triton = table[table["provider"] == "triton"]
-    return triton.loc[triton.groupby([*CALL, "dtype"], sort=False)["median"].idxmin()]
-
-
-def judge(row: pd.Series, table: pd.DataFrame) -> str:
-    """ "faster", "slower" or "no clear difference" (quartile ranges overlap) against the best baseline."""
-    same_call = (table[CALL] == row[CALL]).all(axis=1)
-    best = table[same_call & (table["provider"] != "triton") & (table["median"] == row["best_median"])]
-    if best.empty:
-        return "no baseline"
-    if row["q75"] < best.iloc[0]["q25"]:
-        return "faster"
-    if row["q25"] > best.iloc[0]["q75"]:
-        return "slower"
-    return "no clear difference"
+    """Triton's quickest mode of every call, as the baselines are in theirs too; of the newest session that has one."""
+    triton = table[(table["provider"] == "triton") & table["median"].notna()]
+    newest = triton.groupby(CALL, sort=False)["session"].transform("max")
+    triton = triton[triton["session"] == newest]
+    return triton.loc[triton.groupby(CALL, sort=False)["median"].idxmin()]

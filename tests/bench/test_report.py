@@ -1,137 +1,176 @@
-import json
 import re
 
 import pytest
+from synthetic import CEILINGS, ROOF_BYTES, mixed, row, save_pytest, save_study, session, without_time
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.plots import scaling_curves
 from bench.report import claims, write_report
-from bench.results import ResultsError, load_results
+from bench.results import ResultsError, read_results
 
-NAMES = {"op": "roi_align", "direction": "forward", "workload": "canonical", "device": "cuda", "layout": "nchw"}
-
-
-def measurement(provider, milliseconds, dtype="fp32", measured_dtype=None, **extra):
-    extra = {**NAMES, "provider": provider, "dtype": dtype, "measured_dtype": measured_dtype or dtype, **extra}
-    extra |= {"shapes": "2x3", "error": 1e-6, "tolerance": 1e-4, "measures": "op_warm", "peak_memory_bytes": 2**20}
-    samples = [milliseconds / 1e3 * factor for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
-    return {"extra_info": {"note": "", **extra}, "stats": {"data": samples, "rounds": 5}}
-
-
-# Triton wins fp32 (2x), loses bf16 to torchvision's *fp32* time, and ties backward.
-MIXED = [
-    measurement("triton", 1.0, layout="channels_last"),
-    measurement("triton", 3.0),
-    measurement("torchvision", 2.0),
-    measurement("torch", 8.0),
-    measurement("triton", 2.5, "bf16"),
-    measurement("torchvision", 4.0, "bf16", "fp16"),
-    measurement("torch", 5.0, "bf16"),
-    measurement("triton", 1.0, direction="backward"),
-    measurement("torch", 1.005, direction="backward"),
+CPU = {"gpu": None, "cpu": {"brand_raw": "Invented CPU"}, "cpu_threads": 1}
+SWEEP = [
+    row(provider, base * rois / 512, "bf16", op="multiscale_roi_align", workload=workload)
+    for rois, workload in ((8, "rois-8"), (128, "rois-128"), (512, "train-box"), (2048, "rois-2048"))
+    for provider, base in (("triton", 1.0), ("torchvision", 2.0))
 ]
-CPU_ONLY = [measurement("torchvision", 2.0, device="cpu"), measurement("torch", 8.0, device="cpu")]
 
 
-def save(tmp_path, benchmarks, **more):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"benchmarks": benchmarks, "machine_info": {}, "commit_info": {}, **more}))
-    return path
+def report(tmp_path, rows, **more):
+    """HTML, Markdown and the names of the plots."""
+    page, markdown, *plots = write_report(save_study(tmp_path / "study", rows, **more), tmp_path / "out")
+    return page.read_text(), markdown.read_text(), [p.name for p in plots]
 
 
-def pick(table, provider, dtype, layout="nchw", direction="forward"):
-    keys = {"provider": provider, "dtype": dtype, "layout": layout, "direction": direction}
-    return table[(table[list(keys)] == list(keys.values())).all(axis=1)].iloc[0]
-
-
-def test_ratios(tmp_path):
-    # The best baseline may be in a more precise dtype (a bf16 kernel slower than fp32 is no win), never a less
-    # precise one; the same-dtype ratio stands beside it.
-    table = load_results(save(tmp_path, MIXED))
-    fp32 = pick(table, "triton", "fp32", "channels_last")
-    assert fp32["ratio_best"] == pytest.approx(2.0) and fp32["best_baseline"] == "torchvision fp32"
-    bf16 = pick(table, "triton", "bf16")
-    assert bf16["ratio_best"] == pytest.approx(2.0 / 2.5) and bf16["best_baseline"] == "torchvision fp32"
-    assert bf16["ratio_same_dtype"] == pytest.approx(5.0 / 2.5)
-    assert pick(table, "torch", "fp32")["ratio_best"] == pytest.approx(0.25)
-    assert (fp32["q25"], fp32["q75"]) == (pytest.approx(0.99e-3), pytest.approx(1.01e-3))
-
-
-def test_an_fp32_row_is_not_measured_against_half_precision(tmp_path):
-    # Whoever needs fp32 cannot use a quick fp16 op.
-    quick_half = measurement("torchvision", 0.1, "bf16", "fp16")
-    table = load_results(save(tmp_path, [*MIXED, quick_half]))
-    assert pick(table, "triton", "fp32", "channels_last")["ratio_best"] == pytest.approx(2.0)
-    assert pick(table, "triton", "bf16")["ratio_best"] == pytest.approx(0.1 / 2.5)
+def claims_of(tmp_path, rows, **more):
+    results = read_results(save_study(tmp_path / "study", rows, **more))
+    return claims(results.table(), results.table("op_eager"))
 
 
 def test_losses_come_first_and_noise_is_no_win(tmp_path):
-    # Three-valued: 0.5 % with overlapping quartiles must not be called faster. Only Triton's best layout counts.
-    made = claims(load_results(save(tmp_path, MIXED)))
-    assert [c.judgement for c in made] == ["slower", "no clear difference", "faster"]
+    # 0.1 % within the noise must not be called faster, and only Triton's best layout counts.
+    made = claims_of(tmp_path, mixed())
+    assert [c.verdict for c in made] == ["slower", "no difference", "faster"]
     assert made[0].ratio == pytest.approx(0.8) and "bf16" in made[0].call
+    assert made[0].low < 0.8 < made[0].high and made[0].noise == pytest.approx(0.01)
+    assert made[2].mode == "channels_last"
+
+
+def test_the_train_suite_comes_first(tmp_path):
+    # What trains decides; a loss with eight RoIs must not push it down the page, nor vanish.
+    small = [row("triton", 4.0, workload="small"), row("torch", 1.0, workload="small")]
+    assert [c.suite for c in claims_of(tmp_path, [*small, *mixed()])] == ["train", "train", "train", "small"]
+
+
+def test_a_win_that_dispatch_eats_shows_it(tmp_path):
+    # The kernel is twice as fast, the call half as fast: both figures stand in the same line.
+    page, markdown, _ = report(tmp_path, [row("triton", 0.1, eager=0.9), row("torch", 0.2, eager=0.3)])
+    for text in (page, markdown):
+        assert "2.00x" in text and "0.50x" in text
 
 
 def test_the_page_states_the_loss_and_needs_nothing_else(tmp_path):
     # One file to send around: no script, style sheet, font or image from anywhere else.
-    failed = {**NAMES, "dtype": "fp32", "provider": "torch.compile", "status": "failed", "reason": "error 1 <b>"}
-    page, markdown, *plots = write_report(save(tmp_path, MIXED, not_measured=[failed]), tmp_path / "out")
-    html = page.read_text()
+    failed = without_time("torch.compile", "failed", "error 1 <b>")
+    html, text, plots = report(tmp_path, [*mixed(), failed])
     assert "slower in 1" in html and "0.80x" in html and "error 1 &lt;b&gt;" in html
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", html)
     assert html.count("<svg") == 3 == len(plots) and "currentColor" in html and "#123456" not in html
-    text = markdown.read_text()
-    assert "slower in 1" in text and "no_" not in text
+    assert "slower in 1" in text.replace("*", "") and "<b>" not in text
     assert all((tmp_path / "out" / link).is_file() for link in re.findall(r"\]\((plots/[^)]+)\)", text))
 
 
+def test_a_red_row_shows_no_time_anywhere(tmp_path):
+    # A wrong result is quick for free. 7.77 ms is in the file, and nowhere in the report; nor does it beat anyone.
+    red = {**row("triton", 7.77), "status": "red", "reason": "off by 0.5"}
+    failed = without_time("torchvision", "failed", "ran away")
+    for text in report(tmp_path, [red, failed, row("torch", 8.0)])[:2]:
+        assert "off by 0.5" in text and "ran away" in text
+        assert "1 Triton row red or failed" in text and "1 baseline row red or failed" in text
+        assert "7.77" not in text and "7.80" not in text and "faster in" not in text
+
+
+def test_stale_rows_are_marked_and_not_counted(tmp_path):
+    # A time of earlier code next to one of today's must not look the same, in tables and in plots.
+    old = [{**r, "sources": "of earlier code"} for r in mixed()[:4]]
+    html, text, _ = report(tmp_path, [*old, *mixed()[4:]])
+    for words in (html, text):
+        assert "4 rows are stale" in words and "source changed: 4" in words
+        assert "faster in 0" in words.replace("*", "")
+    assert html.count('<tr class="stale">') == 5 and text.count("(stale)**") == 5  # four rows and a claim
+    assert "hollow: stale" in html and "(stale)" in html
+    html, text, _ = report(tmp_path, mixed())
+    assert "stale</span>" not in html and "(stale)" not in text and "hollow: stale" not in html
+
+
+def test_only_stale_times_say_nothing_of_the_present_code(tmp_path):
+    # After a change of the kernel, before the next run on a GPU.
+    html, text, _ = report(tmp_path, [{**r, "inputs": "others"} for r in mixed()])
+    for words in (html, text):
+        assert "every Triton time is stale" in words and "faster in" not in words
+
+
 def test_a_cpu_run_invents_nothing(tmp_path):
-    # Without Triton rows there is no speed-up to state or to draw.
-    page, markdown, *plots = write_report(save(tmp_path, CPU_ONLY), tmp_path / "out")
-    for text in (page.read_text(), markdown.read_text()):
-        assert "No Triton time exists" in text and "awaiting a run on a GPU" in text
-        assert "faster in" not in text
-    assert [p.name for p in plots] == ["roi_align-forward.png"]
+    # Without Triton times there is no speed-up to state or to draw, and no column of a GPU.
+    common = {"op": "box_iou", "workload": "cpu", "device": "cpu"}
+    rows = [
+        without_time("triton", "skipped", "needs a GPU", **common),
+        row("torchvision", 2.0, **common),
+        row("torch", 8.0, **common),
+    ]
+    html, text, plots = report(tmp_path, rows, sessions=[session(environment=CPU)])
+    for words in (html, text):
+        assert "No Triton time exists" in words and "awaiting a run on a GPU" in words and "Invented CPU" in words
+        assert "needs a GPU" in words and "faster in" not in words
+    header = next(line for line in text.splitlines() if line.startswith("| call | provider"))
+    assert header == "| call | provider | op_eager | 25 %–75 % | vs best | vs same dtype | error | first_call |"
+    assert plots == ["box_iou-forward.png"]
 
 
-def test_results_without_samples_still_load(tmp_path):
-    # `--benchmark-save` keeps only the statistics.
-    slim = {"extra_info": MIXED[0]["extra_info"], "stats": {"q1": 1.0, "median": 2.0, "q3": 3.0, "rounds": 9}}
-    row = load_results(save(tmp_path, [slim])).iloc[0]
-    assert (row["median"], row["samples"]) == (2.0, 9)
+def test_a_roof_is_shown_as_a_bound(tmp_path):
+    # It stands beside times in a table: "≥" and its own column tell them apart, also where Triton has no time at all.
+    floor = {"dram_bytes": int(ROOF_BYTES), "instructions": 0}
+    rows = [without_time("triton", "failed", "out of luck", floor=floor), row("torch", 4.0, floor=floor)]
+    html, text, _ = report(tmp_path, rows, sessions=[session(ceilings=CEILINGS)])
+    for words in (html, text):
+        assert "roof (bound)" in words and words.count("≥ 1.00 ms") == 2 and "25 % (DRAM)" in words
+        assert "ceiling: DRAM copy" in words and "4,000 GB/s" in words and "700 TFLOP/s" in words
+    assert "No Triton time" in html and "awaiting a run" not in html
 
 
-BAD = {
-    "missing": None,
-    "broken": "{",
-    "empty": "",
-    "a list": "[]",
-    "no benchmarks": '{"benchmarks": []}',
-    "another suite's": '{"benchmarks": [{"extra_info": {}, "stats": {"data": [1]}}]}',
-}
+def test_waiting_for_the_device_is_flagged(tmp_path):
+    # A kernel time that contains the host's part is not what it seems.
+    html, text, _ = report(tmp_path, [row("triton", 1.0), row("torchvision", 9.0, waits=True)])
+    assert html.count("waits for the device</span>") == 1 == text.count("(waits for the device)")
 
 
-@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, content):
-    path = tmp_path / "results.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ResultsError) as raised:
-        write_report(path, tmp_path / "out")
-    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+def test_sweeps_are_curves_and_no_claims(tmp_path):
+    # A curve's points are picked to span a range, not for what they say; the train workload is one of them.
+    results = read_results(save_study(tmp_path / "study", SWEEP))
+    made = claims(results.table(), results.table("op_eager"))
+    assert [c.call for c in made] == ["multiscale_roi_align forward, train-box, bf16"]
+    curves = scaling_curves("multiscale_roi_align", results.table())
+    assert list(curves) == ["rois"] and sorted(set(curves["rois"]["size"])) == [8, 128, 512, 2048]
+    plots = write_report(tmp_path / "study", tmp_path / "out")[2:]
+    assert "multiscale_roi_align-forward-scaling.png" in [p.name for p in plots]
+    assert not scaling_curves("multiscale_roi_align", results.table().head(2))  # one point is no curve
+
+
+def test_environment_and_what_is_missing(tmp_path):
+    # What a reader needs to judge the numbers, and to get them again.
+    html, text, _ = report(tmp_path, mixed())
+    for words in (html, text):
+        for fact in ("Invented GPU (99 SMs)", "abc123, with uncommitted changes", "2031-01-01", "9.9"):
+            assert fact in words
+        assert "python -m bench study --out somewhere" in words and "have not been measured yet" in words
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    # A report half made of nothing would pass for one.
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(ResultsError):
+        write_report(tmp_path / "results.json", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line(tmp_path):
+@pytest.mark.parametrize("kind", ["folder", "study.jsonl", "results.json"])
+def test_the_command_line(tmp_path, kind):
     # Exit codes and streams are what scripts build on: 0 and the files, or 2 and one line on stderr.
-    runner = CliRunner()
-    done = runner.invoke(app, ["report", str(save(tmp_path, MIXED)), "--output", str(tmp_path / "out")])
+    folder = save_study(tmp_path / "study", mixed())
+    json = save_pytest(tmp_path / "results.json", mixed())
+    path = {"folder": folder, "study.jsonl": folder / "study.jsonl", "results.json": json}[kind]
+    done = CliRunner().invoke(app, ["report", str(path), "--output", str(tmp_path / "out")])
     assert done.exit_code == 0 and (tmp_path / "out" / "report.html").is_file()
-    failed = runner.invoke(app, ["report", str(tmp_path / "nothing.json"), "--output", str(tmp_path / "other")])
-    assert failed.exit_code == 2 and not (tmp_path / "other").exists()
-    assert failed.stderr.count("\n") == 1 and "does not exist" in failed.stderr
+
+
+def test_the_command_line_on_nothing(tmp_path):
+    # See above.
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "nothing.json"), "--output", str(tmp_path / "other")])
+    assert done.exit_code == 2 and not (tmp_path / "other").exists()
+    assert done.stderr.count("\n") == 1 and "does not exist" in done.stderr
 
 
 def test_help_shows_defaults():
-    done = CliRunner().invoke(app, ["report", "--help"])
-    assert "runs/bench-report" in done.output
+    # The default folder is where people look for the page.
+    assert "runs/bench-report" in CliRunner().invoke(app, ["report", "--help"]).output

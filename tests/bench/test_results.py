@@ -1,0 +1,147 @@
+import json
+
+import pandas as pd
+import pytest
+from synthetic import CEILINGS, ROOF_BYTES, mixed, row, save_pytest, save_study, session, without_time
+
+from bench.results import ResultsError, best_triton_rows, read_results
+
+FLOOR = {"dram_bytes": int(ROOF_BYTES), "instructions": 0}
+
+
+def pick(table, provider, dtype="fp32", **names):
+    keys = {"provider": provider, "dtype": dtype, "direction": "forward", **names}
+    return table[(table[list(keys)] == list(keys.values())).all(axis=1)].iloc[0]
+
+
+def read(tmp_path, rows, **more):
+    return read_results(save_study(tmp_path / "study", rows, **more))
+
+
+def test_ratios_are_against_the_best_baseline_in_any_dtype(tmp_path):
+    # A bf16 kernel slower than torchvision in fp32 is no win, whatever it gains over bf16 baselines.
+    table = read(tmp_path, mixed()).table()
+    fp32 = pick(table, "triton", layout="channels_last")
+    assert fp32["ratio"] == pytest.approx(2.0) and fp32["best_baseline"] == "torchvision fp32"
+    assert fp32["low"] < 2.0 < fp32["high"] and fp32["high"] - fp32["low"] < 0.05 and fp32["verdict"] == "faster"
+    bf16 = pick(table, "triton", "bf16")
+    assert bf16["ratio"] == pytest.approx(0.8) and bf16["verdict"] == "slower"
+    assert bf16["best_baseline"] == "torchvision fp32" and bf16["ratio_same_dtype"] == pytest.approx(2.0)
+    assert pick(table, "torch")["ratio"] == pytest.approx(0.25)
+    assert fp32["q25"] < fp32["median"] < fp32["q75"] and fp32["median"] == pytest.approx(1e-3)
+
+
+def test_the_ratio_of_another_time_has_its_own_best_baseline(tmp_path):
+    # The quickest kernel need not be the quickest call: launches and dispatch count there.
+    rows = [row("triton", 0.1, eager=0.9), row("torch", 0.2, eager=0.1), row("torchvision", 0.15, eager=2.0)]
+    results = read(tmp_path, rows)
+    assert pick(results.table(), "triton")["ratio"] == pytest.approx(1.5)
+    eager = pick(results.table("op_eager"), "triton")
+    assert eager["ratio"] == pytest.approx(0.3) and eager["best_baseline"] == "torch fp32"
+
+
+@pytest.mark.parametrize(("noise", "verdict"), [(0.005, "faster"), (0.1, "no difference"), (-0.1, "no difference")])
+def test_a_difference_below_the_noise_floor_is_none(tmp_path, noise, verdict):
+    # An A/A pair 10 % apart: this run cannot tell a ratio of 1.05 from nothing, however tight its interval.
+    found = pick(read(tmp_path, [row("triton", 1.0, noise=noise), row("torch", 1.05)]).table(), "triton")
+    assert found["verdict"] == verdict and found["low"] > 1.03
+
+
+def test_both_kinds_of_file_give_the_same_table(tmp_path):
+    # One suite, two carriers: a number must not depend on which of them brought it.
+    rows = [*mixed(), without_time("torch.compile", "failed", "error 1")]
+    study = read(tmp_path, rows).table()
+    other = read_results(save_pytest(tmp_path / "results.json", rows)).table()
+    pd.testing.assert_frame_equal(study.drop(columns="session"), other.drop(columns="session"))
+
+
+def test_the_newest_row_of_a_name_wins(tmp_path):
+    # A study that goes on measures a stale row again and appends it.
+    old = row("triton", 9.0, sources="long ago")
+    found = read(tmp_path, [old, *mixed(), row("triton", 7.0)]).table()
+    assert len(found) == len(mixed()) + 1
+    assert pick(found, "triton", layout="contiguous")["median"] == pytest.approx(7e-3)
+
+
+def test_rows_of_another_session_are_no_rivals(tmp_path):
+    # Left over from an earlier run, with fewer rounds and other clocks: no pair with today's samples.
+    left = [{**row("torchvision", 0.5), "session": 1}, {**row("triton", 0.1, layout="nchw"), "session": 1}]
+    for old in left:
+        old["times"] = {name: values[:15] for name, values in old["times"].items()}
+    today = [{**row("triton", 1.0), "session": 2}, {**row("torch", 3.0), "session": 2}]
+    table = read(tmp_path, [*left, *today], sessions=[session(1), session(2)]).table()
+    assert pick(table, "triton", session=2)["ratio"] == pytest.approx(3.0)
+    assert list(best_triton_rows(table)["session"]) == [2]
+
+
+def test_a_line_cut_off_in_the_middle_does_not_count(tmp_path):
+    # The machine may vanish while a line is written; everything before it is whole.
+    cut = json.dumps({"kind": "row", "session": 1, **row("triton", 5.0, "bf16")})[:200]
+    assert len(read(tmp_path, [row("triton", 1.0)], tail=cut).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"sources": "0123"}, "the op's source changed"),
+        ({"inputs": "0123"}, "the inputs changed"),
+        ({"method": 0}, "the way of timing changed"),
+        ({"workload": "of-old"}, "the workload is gone"),
+    ],
+)
+def test_stale_rows_say_why(tmp_path, changed, reason):
+    # A time of other code, inputs or method is no time of the present ones.
+    found = read(tmp_path, [{**row("triton", 1.0), **changed}]).table().iloc[0]
+    assert found["stale"] == reason if reason else pd.isna(found["stale"])
+
+
+def test_a_row_above_its_roof_is_red(tmp_path):
+    # Quicker than the memory allows: the work was not done or not timed. It has no time and beats nothing.
+    rows = [row("triton", 2.0, floor=FLOOR), row("torch", 0.9, floor=FLOOR), row("torchvision", 0.99, floor=FLOOR)]
+    table = read(tmp_path, rows, sessions=[session(ceilings=CEILINGS)]).table()
+    red, edge, honest = (pick(table, name) for name in ("torch", "torchvision", "triton"))
+    assert red["status"] == "red" and "of its roof" in red["reason"]
+    assert red[["median", "kernel_cold", "op_eager", "first_call", "roof_share", "ratio"]].isna().all()
+    assert edge["status"] == "ok"  # ceilings are measured too: a per cent above is none
+    assert honest["roof_share"] == pytest.approx(0.5) and honest["bound"] == "DRAM"
+    assert honest["best_baseline"] == "torchvision fp32"
+
+
+def test_a_row_without_a_check_passed_has_no_time(tmp_path):
+    # Even where a file holds one.
+    red = {**row("torch", 0.5), "status": "red", "reason": "wrong"}
+    table = read(tmp_path, [row("triton", 1.0), red]).table()
+    assert pick(table, "torch")[["median", "kernel_cold", "op_eager", "first_call"]].isna().all()
+    assert pd.isna(pick(table, "triton")["ratio"])
+
+
+BAD = {
+    "missing": None,
+    "broken": "{",
+    "empty": "",
+    "a list": "[]",
+    "no benchmarks": '{"benchmarks": []}',
+    "another suite's": '{"benchmarks": [{"extra_info": {}, "stats": {"data": [1]}}]}',
+}
+BAD_STUDIES = {
+    "empty": "",
+    "no rows": '{"kind": "session", "session": 1, "environment": {}}\n',
+    "broken": '{"kind": \n',
+    "not ours": '{"kind": "row"}\n',
+    "a list": "[]\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("results.json", c) for c in BAD.values()] + [("study.jsonl", c) for c in BAD_STUDIES.values()],
+)
+def test_bad_input_is_one_sentence(tmp_path, name, content):
+    # Whoever mistypes a path or mixes up files gets told which one, not a traceback.
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ResultsError) as raised:
+        read_results(path)
+    assert "\n" not in str(raised.value) and str(path) in str(raised.value)
