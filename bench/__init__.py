@@ -1,11 +1,18 @@
 """Workloads, timing and reports: how fast the detection ops are, against what, and on which machine.
 
-`pytest bench --benchmark-only --benchmark-json=RESULTS.json` measures, `python -m bench report RESULTS.json`
-turns the result into a page. The pieces, in the order in which a number passes through them:
+`python -m bench study` measures within a time budget, `pytest bench --benchmark-only` the same rows under
+pytest-benchmark, and `python -m bench report` turns either result into a page. In the order in which a number passes
+through them:
 
-- `workloads`: named, seeded inputs with realistic box distributions
+- `workloads`: the table of named calls; `inputs` draws their arguments, `boxes` the boxes
 - `providers`: the Triton op and what it has to beat (torchvision, the PyTorch reference, torch.compile)
 - `gate`: no time without a correct result
-- `timing`: device events on a GPU, a wall clock on a CPU, fed into pytest-benchmark
-- `results`, `plots`, `report`: from the JSON to a table, figures, a verdict
+- `timing`: device events and wall clock, in interleaved rounds
+- `measure`: one call with all its providers, from the gate to rows; `floors` counts what it cannot do without
+- `study` and `test_ops` (with `conftest` and `recording`): who calls `measure`, and where the rows go
+- `results`: rows to a table, with `verdicts`, the roof (`floors`, `ceilings`) and what is stale (`sources`)
+- `report`, `plots`, `tables`, `status`: the table for people
+
+Apart from these: `resources` reads what the compilers make of the kernels, without a GPU; `ncu` what a GPU's counters
+say; `follow` and `demo` train with the kernels beside the reference.
 """

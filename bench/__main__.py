@@ -2,4 +2,5 @@
 
 from bench.cli import app
 
-app(prog_name="mrcnn-bench")
+if __name__ == "__main__":  # a study's worker process imports this file under another name
+    app(prog_name="mrcnn-bench")

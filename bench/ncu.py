@@ -1,0 +1,112 @@
+"""What Nsight Compute counts while a call runs, beside the model of what the call has to move.
+
+The counters say whether the floors are right: DRAM bytes below the model's would mean a wrong model, far more bytes
+mean re-reads that the caches did not catch, and a high issue utilisation that bytes are not what binds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .measure import add_floors
+from .providers import Variant, variants
+from .study import StudyError
+from .workloads import DTYPE_NAMES, Call
+
+METRICS = {
+    "dram__bytes_read.sum": "dram_read_bytes",
+    "dram__bytes_write.sum": "dram_write_bytes",
+    "lts__t_bytes.sum": "l2_bytes",
+    "smsp__inst_executed.sum": "instructions",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
+    "gpu__time_duration.sum": "seconds",
+}
+SCALES = {"": 1.0, "%": 1.0, "inst": 1.0, "byte": 1.0, "nsecond": 1e-9, "ns": 1e-9, "second": 1.0, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class KernelCounters:
+    """One kernel launch; bytes, warp instructions, per cent of issue slots used while active, seconds."""
+
+    kernel: str
+    dram_read_bytes: float
+    dram_write_bytes: float
+    l2_bytes: float
+    instructions: float
+    issue_percent: float
+    seconds: float
+
+
+def find_tool(name: str) -> str:
+    """Path of `ncu` or `compute-sanitizer`.
+
+    Raises:
+        StudyError: it is not installed.
+    """
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    if found is None:
+        raise StudyError(f"{name} is not on the PATH: it comes with the CUDA toolkit, not with PyTorch")
+    return found
+
+
+def profile_call(call: Call, variant: Variant, seconds: float = 120.0) -> dict:
+    """Counters of every kernel of one call, and the call's floor.
+
+    ncu flushes the caches before each kernel and leaves the clocks alone.
+
+    Raises:
+        StudyError: ncu is missing, may not read the counters, or printed something else.
+    """
+    command = [
+        find_tool("ncu"), "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS),
+        "--profile-from-start", "off", "--cache-control", "all", "--clock-control", "none", "--target-processes", "all",
+        sys.executable, "-m", "bench.profile_call", str(call), str(variant),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, cwd=Path(__file__).parents[1], check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise StudyError(f"ncu took longer than {seconds:.0f} s for {call}") from None
+    kernels = list(read_counters(done.stdout))
+    if not kernels:
+        tail = (done.stdout + done.stderr).strip().splitlines()[-3:]
+        raise StudyError(f"ncu reported no kernel for {call}: {' '.join(tail)}")
+    row = {"measured_dtype": DTYPE_NAMES[variant.dtype]}
+    add_floors(call, [row])
+    return {"call": str(call), "variant": str(variant), "floor": row["floor"], "kernels": [asdict(k) for k in kernels]}
+
+
+def read_counters(output: str) -> Iterator[KernelCounters]:
+    """Parse `ncu --csv --page raw --print-units base`: a header, a line of units, a line a kernel.
+
+    Lines before the header are the program's own and ncu's messages.
+    """
+    lines = output.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return
+    table = csv.DictReader(io.StringIO("\n".join(line for line in lines[start:] if line.startswith('"'))))
+    units = next(table, None)
+    for line in table:
+        values = {name: _number(line[metric], units[metric]) for metric, name in METRICS.items()}
+        yield KernelCounters(line["Kernel Name"], **values)
+
+
+def _number(text: str, unit: str) -> float:
+    try:
+        return float(text.replace(",", "")) * SCALES[unit]
+    except (KeyError, ValueError):
+        raise StudyError(f"ncu printed {text!r} {unit!r}, which is no number in a known unit") from None
+
+
+def triton_variants(call: Call) -> list[Variant]:
+    """The modes of our kernels: what is worth a look inside."""
+    return [v for v in variants(call) if v.provider == "triton"]

@@ -1,0 +1,53 @@
+"""What is measured, what is stale and what is missing, a folder of results at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .results import STUDY_FILE, Results, ResultsError, read_results
+from .study import awaiting
+from .workloads import SUITES, Call, calls
+
+
+@dataclass(frozen=True)
+class Status:
+    """One results folder: what each call still awaits."""
+
+    folder: Path | None  # None: no GPU has been measured at all
+    machine: str
+    awaiting: dict[Call, str]  # call -> "missing", "stale: why" or "failed: why"
+    versions: str = ""
+
+    def counts(self, suite: str) -> Counter[str]:
+        """Calls of a suite by their state: `measured`, `stale`, `failed`, `missing`."""
+        states = (self.awaiting.get(c, "measured").split(":")[0] for c in calls("cuda") if c.workload.suite == suite)
+        return Counter(states)
+
+    @property
+    def suites(self) -> list[str]:
+        """The suites for a GPU."""
+        return [s for s in SUITES if s != "cpu"]
+
+
+def find_statuses(reports: Path) -> tuple[list[Status], list[str]]:
+    """The status of every `study.jsonl` below `reports` that is of a GPU, and a sentence for each unreadable one.
+
+    Where there is none, one status in which everything is missing.
+    """
+    statuses, problems = [], []
+    for path in sorted(reports.glob(f"*/{STUDY_FILE}")):
+        try:
+            results = read_results(path)
+        except ResultsError as error:
+            problems.append(str(error))
+            continue
+        if results.on_gpu:
+            statuses.append(Status(path.parent, results.machine, dict(awaiting(results)), _versions(results)))
+    return statuses or [Status(None, "no GPU", dict(awaiting(None)))], problems
+
+
+def _versions(results: Results) -> str:
+    versions = results.sessions[max(results.sessions)]["environment"].get("versions", {})
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
