@@ -36,9 +36,10 @@ def study(
     budget: Annotated[str, typer.Option(help="Time for everything, e.g. 8m, 90s, 1h30m.")] = "8m",
     commit: Annotated[str | None, typer.Option(help="Commit to record where there is no git.")] = None,
 ) -> None:
-    """Measure what is missing or stale, the most valuable first, within a time budget; then write the report.
+    """Measure what is missing or stale, the most valuable first, within a time budget; then write the page.
 
-    Without a GPU it measures the CPU providers on small workloads.
+    Two files: study.jsonl, which holds every sample, and report.html; `report` adds Markdown and plots. Without a GPU
+    it measures the CPU providers on small workloads. Exit status 1 where a call was lost to an error.
     """
     import torch
     from rich.console import Console
@@ -67,7 +68,9 @@ def study(
         f"{len(progress.lost)} lost, {len(progress.left)} left for the next run"
     )
     if progress.measured or progress.kept:
-        report(out, out)
+        _report(out, out, markdown=False)
+    if progress.lost:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -180,18 +183,8 @@ def report(
         Path, typer.Option("--output", "-o", help="Folder for report.html, report.md and plots/.")
     ] = Path("runs/bench-report"),
 ) -> None:
-    """Turn a result into a self-contained HTML page and a Markdown file."""
-    from .report import write_report
-    from .results import ResultsError
-
-    try:
-        written = write_report(results, output)
-    except ResultsError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{output} cannot be written: {error.strerror}.")
-    for path in written[:2]:
-        typer.echo(f"wrote {path}")
+    """Turn a result into a self-contained HTML page, and a Markdown file with its plots."""
+    _report(results, output, markdown=True)
 
 
 @app.command()
@@ -214,6 +207,20 @@ def demo(
 
     if not run_demo(output, Console()):
         raise typer.Exit(1)
+
+
+def _report(results: Path, output: Path, markdown: bool) -> None:
+    from .report import write_report
+    from .results import ResultsError
+
+    try:
+        written = write_report(results, output, markdown)
+    except ResultsError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{output} cannot be written: {error.strerror}.")
+    for path in written[:2]:
+        typer.echo(f"wrote {path}")
 
 
 def _need_gpu(instead: str) -> None:

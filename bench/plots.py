@@ -46,7 +46,15 @@ class Plot:
     name: str
     title: str
     svg: str
-    png: bytes
+    draw: Callable[[str], Figure]  # in a colour of ink
+
+    @property
+    def png(self) -> bytes:
+        """Drawn when asked for: a study writes the page alone."""
+        with mpl.rc_context(STYLE):
+            png = io.BytesIO()
+            FigureCanvasAgg(self.draw(INK_ON_WHITE)).print_png(png, metadata={"Software": None})
+        return png.getvalue()
 
 
 def make_plots(table: pd.DataFrame) -> list[Plot]:
@@ -109,11 +117,9 @@ def _three_digits(value: float) -> str:
 
 def _render(name: str, title: str, draw: Callable[[str], Figure]) -> Plot:
     with mpl.rc_context(STYLE):
-        png = io.BytesIO()
-        FigureCanvasAgg(draw(INK_ON_WHITE)).print_png(png, metadata={"Software": None})
         svg = io.StringIO()
         draw(INK).savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(name, title, _inline(svg.getvalue(), title), png.getvalue())
+    return Plot(name, title, _inline(svg.getvalue(), title), draw)
 
 
 def _inline(svg: str, title: str) -> str:

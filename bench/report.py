@@ -84,8 +84,8 @@ class Claim:
     stale: bool
 
 
-def write_report(path: Path | str, out_dir: Path | str) -> list[Path]:
-    """Write `report.html`, `report.md` and `plots/*.png`; return the files, the page first.
+def write_report(path: Path | str, out_dir: Path | str, markdown: bool = True) -> list[Path]:
+    """Write `report.html` and, for a code host, `report.md` with `plots/*.png`; return the files, the page first.
 
     `path` is a study's folder or file, or pytest-benchmark's JSON. Everything is rendered before the first file is
     touched, and each file appears whole or not at all.
@@ -95,11 +95,10 @@ def write_report(path: Path | str, out_dir: Path | str) -> list[Path]:
     plots = make_plots(table)
     context = _context(results, table, plots)
     out_dir = Path(out_dir)
-    files = {
-        out_dir / "report.html": _template("report.html.j2").render(context).encode(),
-        out_dir / "report.md": _template("report.md.j2").render(context).encode(),
-        **{out_dir / "plots" / f"{plot.name}.png": plot.png for plot in plots},
-    }
+    files = {out_dir / "report.html": _template("report.html.j2").render(context).encode()}
+    if markdown:
+        files[out_dir / "report.md"] = _template("report.md.j2").render(context).encode()
+        files |= {out_dir / "plots" / f"{plot.name}.png": plot.png for plot in plots}
     for file, content in reversed(files.items()):  # the page last, when all it goes with is there
         write_whole(file, content)
     return list(files)
