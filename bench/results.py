@@ -194,7 +194,8 @@ def _ratios(row: dict, time: str, best: dict | None, baselines: list[dict], nois
         empty = dict.fromkeys(("best_median", "ratio", "low", "high", "ratio_same_dtype"), np.nan)
         return {"best_baseline": None, "verdict": None, **empty}
     ours, theirs = row["times"][time], best["times"][time]
-    compared = compare(ours, theirs, 0.0 if np.isnan(noise) else noise)
+    rounds = min(len(ours), len(theirs))  # a slow provider takes part in the first rounds only
+    compared = compare(ours[:rounds], theirs[:rounds], 0.0 if np.isnan(noise) else noise)
     same = [np.median(b["times"][time]) for b in baselines if b["measured_dtype"] == row["measured_dtype"]]
     return {
         "best_baseline": f"{best['provider']} {best['measured_dtype']}",

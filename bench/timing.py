@@ -33,6 +33,7 @@ SPIN_HZ = 2.0e9  # at least the SM clock: spinning a little longer than needed c
 LONGEST_SPIN = 20e-3  # seconds; the launch queue is full long before
 SHORTEST_SAMPLE = 100e-6  # seconds; event pairs resolve about half a microsecond
 FEWEST_ROUNDS, MOST_ROUNDS = 15, 200
+SLOW_ROUNDS = 5  # of a call so slow that more would eat the others' time; nobody asks how slow to the per cent
 
 Call = Callable[[], object]
 
@@ -83,6 +84,7 @@ class CudaClock(Clock):
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         self.flush = torch.empty(2 * max(cache, 32 * 2**20), dtype=torch.uint8, device="cuda")
+        self._spins: dict[Call, int] = {}
 
     def synchronize(self) -> None:
         """Wait for every stream."""
@@ -96,7 +98,7 @@ class CudaClock(Clock):
         """As `Clock.sampler`; measures first how long the host takes to enqueue the call."""
         if name == "op_eager":
             return super().sampler(name, call)
-        spin = 0 if self.waits(call) else int(min(2 * self._enqueue_seconds(call) + 2e-4, LONGEST_SPIN) * SPIN_HZ)
+        spin = self._spin(call)
         if name == "kernel_cold":
             return lambda: self._device_seconds(call, self.flush.zero_, spin, 1)
         # A short call is repeated within a sample, up to what fits into the launch queue.
@@ -125,15 +127,18 @@ class CudaClock(Clock):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def _enqueue_seconds(self, call: Call) -> float:
-        seconds = []
-        for _ in range(3):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        torch.cuda.synchronize()
-        return sorted(seconds)[1]
+    def _spin(self, call: Call) -> int:
+        """Clock cycles that the device has to be kept busy until the host has enqueued the call."""
+        if call not in self._spins:
+            seconds = []
+            for _ in range(2):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - start)
+            enough = min(2 * min(seconds) + 2e-4, LONGEST_SPIN)
+            self._spins[call] = 0 if self.waits(call) else int(enough * SPIN_HZ)
+        return self._spins[call]
 
     def _device_seconds(self, call: Call, before: Call, spin: int, repeats: int) -> float:
         """Seconds a call on the device, with `before` run just ahead of the first event."""
@@ -157,9 +162,9 @@ def make_clock(device: str) -> Clock:
 def time_calls(
     calls: Mapping[str, Call], clock: Clock, seconds: float, names: Sequence[str] | None = None
 ) -> dict[str, dict[str, list[float]]]:
-    """Samples of every call under every name: `result[key][name]`, as many for each key, round by round.
+    """Samples of every call under every name: `result[key][name]`, round by round; see `interleave`.
 
-    Every name gets an equal share of `seconds`; at least `FEWEST_ROUNDS` rounds are taken whatever they cost.
+    Every name gets an equal share of `seconds`.
     """
     names = clock.names if names is None else names
     result: dict[str, dict[str, list[float]]] = {key: {} for key in calls}
@@ -187,18 +192,29 @@ def left_running(call: Call, clock: Clock, repeats: int) -> float:
 
 
 def interleave(samplers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """One sample of each a round, in the order A B C, C B A, A B C, ...: drift of the clocks hits all alike."""
-    for sample in samplers.values():  # warm up
-        sample()
-    start = time.perf_counter()
+    """One sample of each a round, in the order A B C, C B A, A B C, ...: drift of the clocks hits all alike.
+
+    A sampler that is far slower than the quickest one, and whose share of `seconds` is too short for `FEWEST_ROUNDS`,
+    takes part in the first `SLOW_ROUNDS` only.
+    """
+    costs = {key: min(_seconds_of(sample) for _ in range(2)) for key, sample in samplers.items()}  # warms up, too
+    affordable = max(seconds / max(len(samplers), 1) / FEWEST_ROUNDS, 5 * min(costs.values(), default=0.0))
+    slow = {key for key, cost in costs.items() if cost > affordable}
     samples = {key: [] for key in samplers}
-    while (done := len(next(iter(samples.values()), [0] * MOST_ROUNDS))) < MOST_ROUNDS:
+    start = time.perf_counter()
+    for done in range(MOST_ROUNDS):
         if done >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
             break
-        order = list(samplers.items())
-        for key, sample in order if done % 2 == 0 else reversed(order):
-            samples[key].append(sample())
+        taking_part = [key for key in samplers if done < SLOW_ROUNDS or key not in slow]
+        for key in taking_part if done % 2 == 0 else reversed(taking_part):
+            samples[key].append(samplers[key]())
     return samples
+
+
+def _seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 @contextmanager

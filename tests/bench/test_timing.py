@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from bench.timing import FEWEST_ROUNDS, MOST_ROUNDS, CpuClock, interleave, make_clock, time_calls
+from bench.timing import FEWEST_ROUNDS, MOST_ROUNDS, SLOW_ROUNDS, CpuClock, interleave, make_clock, time_calls
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -19,7 +19,7 @@ def test_times_are_seconds_of_one_call():
     assert 0.009 < median(samples) < 0.03
 
 
-def test_providers_take_turns_forwards_and_backwards():
+def test_providers_take_turns_forwards_and_backwards(monkeypatch):
     # A B C, C B A: a clock that slows down steadily must cost all of them the same.
     seen = []
     counter = itertools.count()
@@ -31,6 +31,7 @@ def test_providers_take_turns_forwards_and_backwards():
 
         return sample
 
+    monkeypatch.setattr("bench.timing._seconds_of", lambda sample: 0 * sample())
     samples = interleave({name: sampler(name) for name in "abc"}, seconds=0.0)
     assert "".join(seen[:9]) == "abcabccba"  # warm-up, then rounds
     assert {len(s) for s in samples.values()} == {FEWEST_ROUNDS}
@@ -41,6 +42,13 @@ def test_providers_take_turns_forwards_and_backwards():
 def test_the_number_of_rounds_has_bounds():
     # Too few give no quantiles; a microsecond op must not run a million times.
     assert len(interleave({"a": lambda: 0.0}, seconds=60.0)["a"]) == MOST_ROUNDS
+
+
+def test_a_slow_provider_does_not_eat_the_others_time():
+    # A reference that takes a second a call would leave a lent GPU's minutes to itself. Its first rounds are still
+    # paired with everybody's.
+    samples = interleave({"slow": lambda: time.sleep(0.02), "quick": lambda: 0.0}, seconds=0.1)
+    assert len(samples["slow"]) == SLOW_ROUNDS and len(samples["quick"]) >= FEWEST_ROUNDS
 
 
 def test_the_cpu_has_no_device_times():
