@@ -15,6 +15,7 @@ from bench.timing import TIMES
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_GPU = "no GPU: small workloads, CPU providers only; these times say nothing about the Triton kernels"
 _GAPS: pytest.StashKey[list[dict]] = pytest.StashKey()
+_CEILINGS: pytest.StashKey[dict | None] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make room for the rows that will not get a time."""
     config.stash[_GAPS] = []
+    config.stash[_CEILINGS] = None
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Measure the GPU's ceilings before the first row; without them there is no roof, but there are times."""
+    if DEVICE == "cpu" or session.config.option.collectonly:
+        return
+    from bench.ceilings import measure_ceilings
+
+    try:
+        session.config.stash[_CEILINGS] = measure_ceilings().to_dict()
+    except Exception as error:
+        session.config.issue_config_time_warning(UserWarning(f"no roofs: {error}"), 2)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -84,11 +98,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     """Add the rows without a time, the ceilings, and the command to run again."""
     output_json["not_measured"] = config.stash[_GAPS]
     output_json["command"] = _command(config.invocation_params.args)
-    output_json["ceilings"] = None
-    if DEVICE == "cuda":
-        from bench.ceilings import measure_ceilings
-
-        output_json["ceilings"] = measure_ceilings().to_dict()
+    output_json["ceilings"] = config.stash[_CEILINGS]
 
 
 def _command(args: tuple[str, ...]) -> str:

@@ -67,7 +67,13 @@ class Inputs:
     def overwrite(self, other: Inputs) -> None:
         """Put `other`'s values into these very tensors, which must have the same shapes."""
         for mine, fresh in zip(self.tensors(), other.tensors(), strict=True):
-            mine.detach().copy_(fresh.detach())
+            overwrite(mine, fresh)
+
+
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Copy without a trace: a provider that keeps results by address and version must not see that they are old."""
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tensor):
+        tensor.copy_(values)
 
 
 @dataclass(frozen=True)

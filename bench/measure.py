@@ -7,7 +7,8 @@ A row is a plain dict, the same in pytest-benchmark's `extra_info`, in a study's
 | op, direction, workload, suite, dtype | the call |
 | provider, layout, measured_dtype, device | the variant, and where it ran |
 | status, reason | "ok"; "red": a wrong result; "skipped": cannot run here; "failed": an error. Only "ok" has times |
-| times, first_call | {name: [seconds, a sample a round]}; see `timing` |
+| times | {name: [seconds, a sample a round]}; see `timing` |
+| first_call | seconds; compiles what no earlier row of the process has compiled |
 | twin | on one row a call: the times of the same variant measured a second time, for the noise floor |
 | error, tolerance | the larger of the errors before and after timing, against the reference in float64 |
 | peak_memory_bytes, saved_bytes | a call's peak beyond what was there; what is kept from forward to backward |
@@ -20,15 +21,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from .floors import floor
-from .gate import Truth, Verdict, WrongResultError, random_images
-from .inputs import Inputs
+from .gate import Check, Truth, WrongResultError, random_images
+from .inputs import Inputs, overwrite
 from .providers import Variant, get_provider, variants, why_not_here
 from .sources import source_hash
 from .timing import METHOD, Clock, left_running, make_clock, time_calls
@@ -102,17 +103,18 @@ class Contestant:
         with torch.no_grad():
             return self.provider(self.adapted)
 
-    def check(self) -> Verdict:
+    def check(self) -> Check:
         """Run, and compare with the truth; raises `WrongResultError`."""
         truth, dtype = self.draws.truth(self.variant.dtype), self.variant.dtype
         if self.backward:
             return truth.check_backward(self(), self.grad_output, dtype).require()
-        return truth.check_forward(self(), dtype).require()
+        # torch.compile may fuse what the others compute one by one, and an IoU may then cross a threshold.
+        return truth.check_forward(self(), dtype, fused=self.variant.provider == "torch.compile").require()
 
     def refresh(self) -> None:
         """Follow `Draws.refresh`: the gradient's new values go into the tensor that the timed call reads."""
         if self.backward:
-            self.grad_output.copy_(self.draws.grad_output(self.output))
+            overwrite(self.grad_output, self.draws.grad_output(self.output))
 
     def _first(self) -> None:
         if self.backward:
@@ -122,12 +124,15 @@ class Contestant:
 
 
 def measure_call(
-    call: Call,
-    device: str,
-    seconds: float | None = None,
-    on_step: Callable[[str], None] = lambda step: None,
+    call: Call, device: str, seconds: float | None = None, leave_out: Mapping[str, str] | None = None
 ) -> list[dict]:
     """Measure all variants of `call`; one row each, in their order. `seconds=0` checks and takes no times.
+
+    Args:
+        call: what to measure.
+        device: "cuda" or "cpu".
+        seconds: for timing all of them, by default `SECONDS`.
+        leave_out: providers to skip, with the reason to note.
 
     Raises:
         torch.AcceleratorError: a kernel broke the CUDA context, and with it this process.
@@ -138,16 +143,22 @@ def measure_call(
     for variant in variants(call):
         row = _blank_row(call, variant, device)
         rows.append(row)
-        on_step(str(variant))
+        reason = why_not_here(variant.provider, call, device) or (leave_out or {}).get(variant.provider)
+        if reason is not None:
+            row.update(status="skipped", reason=reason)
+            continue
         contestant = _prepare(row, variant, draws, clock)
         if contestant is not None:
             ready.append((row, contestant))
     if seconds and ready:
-        on_step("timing")
         _time(ready, clock, seconds)
-        on_step("checking again")
         _check_again(ready, draws)
     return rows
+
+
+def failed_rows(call: Call, device: str, reason: str) -> list[dict]:
+    """The rows of a call that could not be measured at all."""
+    return [{**_blank_row(call, variant, device), "status": "failed", "reason": reason} for variant in variants(call)]
 
 
 def add_floors(call: Call, rows: list[dict]) -> None:
@@ -182,20 +193,16 @@ def _blank_row(call: Call, variant: Variant, device: str) -> dict:
 
 def _prepare(row: dict, variant: Variant, draws: Draws, clock: Clock) -> Contestant | None:
     """A contestant that passed the gate, or None with the reason in `row`."""
-    reason = why_not_here(variant.provider, draws.call, row["device"])
-    if reason is not None:
-        row.update(status="skipped", reason=reason)
-        return None
     try:
         contestant = Contestant(variant, draws, clock)
-        verdict = contestant.check()
+        checked = contestant.check()
     except torch.AcceleratorError:
         raise
     except Exception as error:
         row.update(_failure(error, variant.provider))
         return None
     row.update(
-        status="ok", reason="", error=verdict.error, tolerance=verdict.tolerance, shapes=contestant.inputs.shapes(),
+        status="ok", reason="", error=checked.error, tolerance=checked.tolerance, shapes=contestant.inputs.shapes(),
         first_call=_short(contestant.first_call), saved_bytes=contestant.saved_bytes,
     )  # fmt: skip
     return contestant
@@ -216,9 +223,9 @@ def _failure(error: Exception, provider: str) -> dict:
 def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) -> None:
     """Fill in times, memory and waits; a row whose work escapes the clock turns red."""
     calls = {str(c.variant): c for _, c in ready}
-    first = ready[0][1]
+    baselines = [str(c.variant) for _, c in ready if c.variant.provider != "triton"]
     # The twin stands last: had it stood beside its original, it would always find the caches as that left them.
-    times = time_calls({**calls, TWIN: first}, clock, seconds)
+    times = time_calls({**calls, TWIN: ready[0][1]}, clock, seconds, baselines)
     for row, contestant in ready:
         row["times"] = _shortened(times[str(contestant.variant)])
         row["waits"] = clock.waits(contestant)
@@ -238,8 +245,12 @@ def _check_again(ready: list[tuple[dict, Contestant]], draws: Draws) -> None:
         try:
             contestant.refresh()
             row["error"] = max(row["error"], contestant.check().error)
+        except torch.AcceleratorError:
+            raise
         except WrongResultError as error:
             _turn_red(row, f"after timing, with other inputs: {error}")
+        except Exception as error:  # of this row: the others' times still hold
+            _turn_red(row, f"after timing, with other inputs: {type(error).__name__}: {error}".split("\n")[0][:300])
 
 
 def _turn_red(row: dict, reason: str) -> None:

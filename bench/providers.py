@@ -23,7 +23,7 @@ PROVIDERS = ("triton", "torchvision", "torch", "torch.compile")
 BASELINES = PROVIDERS[1:]
 NO_TRITON_ON_CPU = "needs a GPU: interpreter speed says nothing about a GPU"
 NO_SLOW_COMPILES_ON_CPU = "takes half a minute a row to compile for a CPU: measured on a GPU only"
-COMPILED_ELSEWHERE = "takes long to compile: measured in the train workloads with clustered boxes only"
+COMPILED_ELSEWHERE = "takes long to compile: only for train workloads with clustered boxes, and in bf16 where it exists"
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,17 @@ def variants(call: Call) -> Iterator[Variant]:
     """The rows of a call: Triton in every mode, each baseline in its best layout and in every dtype worth trying.
 
     Triton: the model's channels_last, and NCHW, the drop-in for torchvision's op. torchvision's RoIAlign has NCHW
-    kernels (it would first copy anything else) and no bf16: it runs in float32, as under autocast, and in float16,
-    where its coordinates are float16 too and usually miss the gate. The reference indexes cells: channels_last.
+    kernels (it would first copy anything else) and no bf16: it runs in float32, as under autocast, and for training
+    in float16 too, where its coordinates are float16 and miss the gate. The reference indexes cells: channels_last.
     """
     if call.workload.op not in ROI_OPS:
         yield from (Variant(provider, call.dtype, "contiguous") for provider in PROVIDERS)
         return
     yield Variant("triton", call.dtype, "channels_last")
     yield Variant("triton", call.dtype, "nchw")
-    for dtype in (torch.float32, torch.float16) if call.dtype == torch.bfloat16 else (call.dtype,):
-        yield Variant("torchvision", dtype, "nchw")
+    yield Variant("torchvision", torch.float32, "nchw")
+    if call.dtype == torch.bfloat16 and call.workload.suite == "train":  # the check is dear: not for every call
+        yield Variant("torchvision", torch.float16, "nchw")
     yield Variant("torch", call.dtype, "channels_last")
     yield Variant("torch.compile", call.dtype, "channels_last")
 
@@ -74,12 +75,16 @@ def why_not_here(provider: str, call: Call, device: str) -> str | None:
     """The reason why a row gets no time on this kind of device; None where it does."""
     if device == "cpu" and provider == "triton":
         return NO_TRITON_ON_CPU
-    if provider == "torch.compile" and call.workload.op in (*ROI_OPS, "label_anchors"):
-        if device == "cpu":
-            return NO_SLOW_COMPILES_ON_CPU
-        if call.workload.suite != "train" or call.workload.sizes.boxes != "clustered":
-            return COMPILED_ELSEWHERE
+    if provider == "torch.compile" and device == "cpu" and call.workload.op in (*ROI_OPS, "label_anchors"):
+        return NO_SLOW_COMPILES_ON_CPU
+    if provider == "torch.compile" and device != "cpu" and not _worth_compiling(call):
+        return COMPILED_ELSEWHERE
     return None
+
+
+def _worth_compiling(call: Call) -> bool:
+    workload = call.workload
+    return workload.suite == "train" and workload.sizes.boxes == "clustered" and call.dtype == workload.dtypes[0]
 
 
 def get_provider(name: str, op: str) -> Provider:

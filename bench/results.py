@@ -1,6 +1,6 @@
 """Results files and the table made of them: a line a row of `measure`, with ratios, verdicts and shares of the roof.
 
-Two files hold the same rows: a study's `study.jsonl` (a line a session or row) and pytest-benchmark's JSON (rows in
+Two files hold the same rows: a study's `study.jsonl` (a line a session or call) and pytest-benchmark's JSON (rows in
 `extra_info`). Ratios are speed-ups: baseline time over the row's time, so 2 means twice as fast.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,13 @@ class ResultsError(ValueError):
     """The file is not a result of this suite; the message is one sentence for the user."""
 
 
+class EmptyResultsError(ResultsError):
+    """The file is one of this suite's, without a single row."""
+
+
 @dataclass
 class Results:
-    """Rows, the newest of every name, and the sessions that measured them."""
+    """Rows, of each call those of its newest measurement, and the sessions that measured them."""
 
     rows: list[dict] = field(default_factory=list)
     sessions: dict[int, dict] = field(default_factory=dict)
@@ -52,11 +56,6 @@ class Results:
         """Whether device times were taken."""
         return any(row["device"] == "cuda" for row in self.rows)
 
-    def add(self, row: dict) -> None:
-        """Add a row; it replaces an older one of the same name."""
-        self.rows = [r for r in self.rows if _key(r) != _key(row)]
-        self.rows.append(row)
-
     def call_rows(self) -> dict[tuple, list[dict]]:
         """The rows of each call."""
         calls: dict[tuple, list[dict]] = {}
@@ -68,11 +67,8 @@ class Results:
         """One line a row, with the columns that `_line` gives; `time` is by default `MAIN_TIME`."""
         lines = []
         for rows in self.call_rows().values():
-            # What is left of an earlier session saw other clocks: it is compared with its own session only.
-            for session in dict.fromkeys(row.get("session", 0) for row in rows):
-                together = [row for row in rows if row.get("session", 0) == session]
-                ceilings = self.sessions.get(session, {}).get("ceilings")
-                lines += _call_lines(together, time or MAIN_TIME[rows[0]["device"]], ceilings)
+            ceilings = self.sessions[rows[0]["session"]].get("ceilings")
+            lines += _call_lines(rows, time or MAIN_TIME[rows[0]["device"]], ceilings)
         return pd.DataFrame(lines)
 
 
@@ -93,7 +89,10 @@ def why_stale(row: dict) -> str | None:
 def read_results(path: Path | str) -> Results:
     """Read a study's file or folder, or pytest-benchmark's JSON; raise `ResultsError` if it is neither."""
     path = Path(path)
-    path = path / STUDY_FILE if path.is_dir() else path
+    if path.is_dir():
+        path = path / STUDY_FILE
+        if not path.exists() and (found := sorted(path.parent.glob("*.json"))):
+            raise ResultsError(f"{path} does not exist; for pytest-benchmark's results name the file, e.g. {found[0]}.")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -106,10 +105,12 @@ def read_results(path: Path | str) -> Results:
         results = _from_study(text) if path.suffix == ".jsonl" else _from_pytest_benchmark(text)
     except json.JSONDecodeError as error:
         raise ResultsError(f"{path} is not valid JSON ({error}).") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ResultsError(f"{path} was not written by this suite: {error!r}.") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ResultsError(f"{path} was not written by this suite.") from error
     if not results.rows:
-        raise ResultsError(f"{path} holds no measurements: run `mrcnn-bench study` or `pytest bench --benchmark-only`.")
+        raise EmptyResultsError(
+            f"{path} holds no measurements: run `mrcnn-bench study` or `pytest bench --benchmark-only`."
+        )
     return results
 
 
@@ -118,16 +119,18 @@ def _key(row: dict) -> tuple:
 
 
 def _from_study(text: str) -> Results:
+    """A line a session, and a line a call with all its rows; the last line of a call counts."""
     results = Results()
-    newest: dict[tuple, dict] = {}
+    newest: dict[tuple, list[dict]] = {}
     for line in _whole_lines(text):
         entry = json.loads(line)
-        kind = entry.pop("kind")
-        if kind == "session":
-            results.sessions[entry["session"]] = entry
-        elif kind == "row":
-            newest[_key(entry)] = entry
-    results.rows = list(newest.values())
+        if entry["kind"] == "session":
+            results.sessions[entry["session"]] = {k: v for k, v in entry.items() if k != "kind"}
+        else:
+            rows = [{**row, "session": entry["session"]} for row in entry["rows"]]
+            newest[tuple(rows[0][name] for name in CALL)] = rows
+            results.sessions[entry["session"]]  # KeyError: rows that nobody can say where they are from
+    results.rows = [row for rows in newest.values() for row in rows]
     return results
 
 
@@ -162,7 +165,7 @@ def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[
     best = min(baselines, key=lambda r: np.median(r["times"][time]), default=None)
     for row, found in zip(rows, roofs, strict=True):
         line = {**{n: row[n] for n in NAMES}, "status": row["status"], "reason": row["reason"], "time": time}
-        line |= {"stale": why_stale(row), "noise": noise, "session": row.get("session", 0)}
+        line |= {"stale": why_stale(row), "noise": noise, "session": row["session"]}
         for name in ("error", "tolerance", "peak_memory_bytes", "saved_bytes", "waits", "shapes"):
             line[name] = row.get(name)
         line["first_call"] = row.get("first_call", np.nan) if row["status"] == "ok" else np.nan
@@ -175,10 +178,11 @@ def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[
 
 def _refuse_above_roof(row: dict, found: dict) -> dict:
     """Faster than the machine can move the bytes: the work was not done, or not timed."""
-    if not found["roof_share"] > ABOVE_ROOF:
+    beaten = [name for name, share in found.pop("byte_shares").items() if share > ABOVE_ROOF]
+    if not beaten:
         return row
-    reason = f"{found['roof_share']:.0%} of its roof: the model of its work or the measurement is wrong"
     found["roof_share"] = np.nan  # roof / share would be the time
+    reason = f"{beaten[0]} is less than its bytes can take: the model of its work or the measurement is wrong"
     return {**{k: v for k, v in row.items() if k not in ("times", "twin")}, "status": "red", "reason": reason}
 
 
@@ -212,16 +216,22 @@ def _roofs(row: dict, ceilings: dict | None) -> dict:
     """The fewest bytes, the roof of a cold call in seconds, what it is made of, and the share of it reached."""
     floor = Floor(**row["floor"]) if row.get("floor") else None
     found = {"dram_bytes": floor.dram_bytes if floor else np.nan, "roof": np.nan, "bound": None, "roof_share": np.nan}
-    if floor and ceilings:
-        found["roof"], found["bound"] = roof(floor, Ceilings.from_dict(ceilings), cold=True)
-        samples = row.get("times", {}).get("kernel_cold") if row["status"] == "ok" else None
-        found["roof_share"] = found["roof"] / np.median(samples) if samples else np.nan
+    found["byte_shares"] = {}
+    if not (floor and ceilings):
+        return found
+    limits, times = Ceilings.from_dict(ceilings), row.get("times", {}) if row["status"] == "ok" else {}
+    found["roof"], found["bound"] = roof(floor, limits, cold=True)
+    bytes_alone = replace(floor, instructions=0)
+    for name in ("kernel_cold", "kernel_warm"):
+        if name in times:
+            least, _ = roof(bytes_alone, limits, cold=name == "kernel_cold")
+            found["byte_shares"][name] = least / np.median(times[name])
+    if "kernel_cold" in times:
+        found["roof_share"] = found["roof"] / np.median(times["kernel_cold"])
     return found
 
 
 def best_triton_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Triton's quickest mode of every call, as the baselines are in theirs too; of the newest session that has one."""
+    """Triton's quickest mode of every call, as the baselines are in theirs too."""
     triton = table[(table["provider"] == "triton") & table["median"].notna()]
-    newest = triton.groupby(CALL, sort=False)["session"].transform("max")
-    triton = triton[triton["session"] == newest]
     return triton.loc[triton.groupby(CALL, sort=False)["median"].idxmin()]

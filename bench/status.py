@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .results import STUDY_FILE, Results, ResultsError, read_results
-from .study import awaiting
+from .study import why_measure
 from .workloads import SUITES, Call, calls
 
 
@@ -44,8 +44,12 @@ def find_statuses(reports: Path) -> tuple[list[Status], list[str]]:
             problems.append(str(error))
             continue
         if results.on_gpu:
-            statuses.append(Status(path.parent, results.machine, dict(awaiting(results)), _versions(results)))
-    return statuses or [Status(None, "no GPU", dict(awaiting(None)))], problems
+            statuses.append(Status(path.parent, results.machine, _awaiting(results), _versions(results)))
+    return statuses or [Status(None, "no GPU", _awaiting(Results()))], problems
+
+
+def _awaiting(results: Results) -> dict[Call, str]:
+    return {call: why for call in calls("cuda") if (why := why_measure(call, results))}
 
 
 def _versions(results: Results) -> str:

@@ -1,45 +1,38 @@
 """Everything measured in one go, within a time budget: for a GPU that is lent by the minute and may vanish.
 
-The parent schedules and writes; a worker process measures. A call that hangs or kills its CUDA context costs itself
-and nothing else: the worker is replaced. Each call's rows are appended to `study.jsonl` as soon as they exist, so
-a study that is cut off, or run again, goes on where it was. The most valuable calls come first.
+This process schedules and writes; a worker process measures. A call that hangs or kills its CUDA context costs itself
+and nothing else. Each call is one line of `study.jsonl`, on disk as soon as it exists, so that a study that is cut
+off, or run again, goes on where it was. The most valuable calls come first; `torch.compile` of the reference, which
+takes longer to compile than everything else to run, comes in a second pass that measures its calls once more.
 """
 
 from __future__ import annotations
 
-import concurrent.futures as futures
 import contextlib
+import fcntl
 import json
-import multiprocessing
 import os
 import re
 import shlex
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .results import STUDY_FILE, Results, ResultsError, read_results, why_stale
+from .results import STUDY_FILE, EmptyResultsError, Results, ResultsError, read_results, why_stale
+from .worker import TimeIsUpError, Worker, WorkerError
 from .workloads import DTYPE_NAMES, Call, calls
 
-RESERVE = 20.0  # seconds of the budget kept for starting up and for writing the report
-LONGEST_CALL = 240.0  # seconds; compiling the reference for a GPU takes the better part of a minute
+RESERVE = 30.0  # seconds of the budget kept for starting up and for writing the report
+LONGEST_CALL = 240.0  # seconds
+LATER = "to be compiled in the study's second pass"
+COMPILED = "torch.compile"
 
 
 class StudyError(ValueError):
     """The study cannot run as asked; the message is one sentence for the user."""
-
-
-class WorkerError(RuntimeError):
-    """The worker raised an error or died; the message is one sentence."""
-
-
-class TimeIsUpError(WorkerError):
-    """The worker took too long and was stopped."""
 
 
 @dataclass
@@ -48,8 +41,8 @@ class Progress:
 
     measured: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)  # measured earlier and still valid
-    lost: dict[str, str] = field(default_factory=dict)  # call -> why it has no rows
-    left: list[str] = field(default_factory=list)  # not begun when the time was up
+    lost: dict[str, str] = field(default_factory=dict)  # call -> what went wrong
+    left: list[str] = field(default_factory=list)  # not done when the time was up
 
 
 def parse_budget(text: str) -> float:
@@ -70,7 +63,7 @@ def parse_budget(text: str) -> float:
 
 
 def select(device: str, only: Sequence[str]) -> list[Call]:
-    """The calls whose name holds every word of at least one of `only`; all of them where that is empty.
+    """The calls whose name or suite holds every word of at least one of `only`; all of them where that is empty.
 
     Raises:
         StudyError: nothing matches one of them.
@@ -97,64 +90,108 @@ def run_study(
     """Measure what is missing or stale in `out` and append it to its `study.jsonl`.
 
     Raises:
-        StudyError: `out` holds the results of another GPU, or nothing matches `only`.
+        StudyError: another study is writing to `out`, it holds the results of another GPU, or nothing matches `only`.
+        WorkerError: the worker process cannot even describe its machine.
     """
     deadline = time.monotonic() + budget - min(RESERVE, budget / 10)
     wanted = select(device, only)
-    progress = Progress()
-    with Worker(device) as worker:
-        environment, ceilings = worker.call(describe, device, seconds=deadline - time.monotonic())
+    with _only_one(out), Worker() as worker:
+        environment, ceilings, problem = worker.call(describe, device, seconds=deadline - time.monotonic())
+        if problem:
+            on_event(f"no roofs: {problem}")
         earlier = _earlier(out, environment)
-        session = max(earlier.sessions, default=0) + 1
+        number = max(earlier.sessions, default=0) + 1
         with Log(out, earlier) as log:
-            log.write("session", _session(session, environment, ceilings, commit))
-            for call in wanted:
-                if _is_done(call, earlier, environment):
-                    progress.kept.append(str(call))
-                elif (left := deadline - time.monotonic()) <= 0:
-                    progress.left.append(str(call))
-                else:
-                    on_event(f"{call}  ({left:.0f} s left)")
-                    _measure(call, session, worker, min(left, LONGEST_CALL), log, progress)
-    return progress
+            log.write({"kind": "session", **_session(number, environment, ceilings, commit)})
+            study = _Study(device, number, deadline, worker, log, earlier, on_event)
+            return study.run(wanted, environment["versions"])
 
 
-def _measure(call: Call, session: int, worker: Worker, seconds: float, log: Log, progress: Progress) -> None:
-    from .measure import add_floors
-    from .providers import variants
+@dataclass
+class _Study:
+    """The state of one run, from the first call to the last."""
 
-    started = time.monotonic()
-    future = worker.submit(measure, call, worker.device)
-    add_floors(call, [{"measured_dtype": DTYPE_NAMES[v.dtype]} for v in variants(call)])  # while the GPU works
-    try:
-        rows = worker.result(future, seconds - (time.monotonic() - started))
-    except TimeIsUpError as error:
-        if seconds < LONGEST_CALL:  # the study's time, not the call's
-            progress.left.append(str(call))
-        else:
-            progress.lost[str(call)] = str(error)
-        return
-    except WorkerError as error:  # the next call can be measured all the same
-        progress.lost[str(call)] = str(error)
-        return
-    add_floors(call, rows)
-    for row in rows:
-        log.write("row", {"session": session, **row})
-    progress.measured.append(str(call))
+    device: str
+    number: int  # of the session
+    deadline: float
+    worker: Worker
+    log: Log
+    earlier: Results
+    on_event: Callable[[str], None]
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self, wanted: list[Call], versions: dict) -> Progress:
+        reasons = {call: why_measure(call, self.earlier, versions) for call in wanted}
+        self.progress.kept = [str(call) for call, why in reasons.items() if why is None]
+        lacking = [call for call, why in reasons.items() if why == f"missing: {COMPILED}"]
+        first = [call for call, why in reasons.items() if why is not None and call not in lacking]
+        failed = [call for call in first if reasons[call].startswith("failed")]
+        for call in [c for c in first if c not in failed] + failed:  # what failed before may well do so again
+            if self._measure(call, str(call), later=(COMPILED,)) and _compiles(call, self.device):
+                lacking.append(call)
+        for call in wanted:
+            if call in lacking:
+                self._measure(call, f"{call}, with {COMPILED}", later=())
+        return self.progress
+
+    def _measure(self, call: Call, name: str, later: tuple[str, ...]) -> bool:
+        """Whether the call has been measured, and is on disk."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            self.progress.left.append(name)
+            return False
+        self.on_event(f"{name}  ({left:.0f} s left)")
+        try:
+            rows = self._rows(call, later, min(left, LONGEST_CALL))
+        except TimeIsUpError as error:
+            if left < LONGEST_CALL:  # the study's time, not the call's
+                self.progress.left.append(name)
+                return False
+            return self._lose(call, name, error)
+        except WorkerError as error:  # the next call can be measured all the same
+            return self._lose(call, name, error)
+        self.log.write({"kind": "call", "session": self.number, "rows": rows})
+        self.progress.measured.append(name)
+        return True
+
+    def _rows(self, call: Call, later: tuple[str, ...], seconds: float) -> list[dict]:
+        from .measure import add_floors
+        from .providers import variants
+
+        started = time.monotonic()
+        future = self.worker.submit(measure, call, self.device, later)
+        if self.device == "cuda":  # the floors can be counted while the GPU works; a CPU has better things to do
+            add_floors(call, [{"measured_dtype": DTYPE_NAMES[v.dtype]} for v in variants(call)])
+        rows = self.worker.result(future, seconds - (time.monotonic() - started))
+        add_floors(call, rows)
+        return rows
+
+    def _lose(self, call: Call, name: str, error: WorkerError) -> bool:
+        """Note it in the results too, unless they hold an earlier measurement."""
+        from .measure import failed_rows
+
+        self.progress.lost[name] = str(error)
+        if call.key not in self.earlier.call_rows() and name not in self.progress.measured and name == str(call):
+            rows = failed_rows(call, self.device, str(error))
+            self.log.write({"kind": "call", "session": self.number, "rows": rows})
+        return False
 
 
-def describe(device: str) -> tuple[dict, dict | None]:
-    """Environment and ceilings, as seen by the worker."""
+def describe(device: str) -> tuple[dict, dict | None, str]:
+    """Environment, ceilings, and why there are none, as seen by the worker."""
     from .environment import describe_environment
 
     if device == "cpu":
-        return describe_environment(), None
+        return describe_environment(), None, ""
     from .ceilings import measure_ceilings
 
-    return describe_environment(), measure_ceilings().to_dict()
+    try:
+        return describe_environment(), measure_ceilings().to_dict(), ""
+    except Exception as error:  # times without a roof are worth having
+        return describe_environment(), None, f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def measure(call: Call, device: str) -> list[dict]:
+def measure(call: Call, device: str, later: tuple[str, ...]) -> list[dict]:
     """`measure_call` in the worker, with memory given back afterwards."""
     import gc
 
@@ -163,7 +200,7 @@ def measure(call: Call, device: str) -> list[dict]:
     from .environment import sm_clock
     from .measure import measure_call
 
-    rows = measure_call(call, device)
+    rows = measure_call(call, device, leave_out=dict.fromkeys(later, LATER))
     clock = sm_clock()
     gc.collect()
     if device == "cuda":
@@ -171,97 +208,19 @@ def measure(call: Call, device: str) -> list[dict]:
     return [{**row, "sm_clock": clock} for row in rows]
 
 
-class Worker:
-    """One process that measures, replaced when it hangs or dies. It begins with empty compile caches."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._caches = tempfile.TemporaryDirectory(prefix="study-", ignore_cleanup_errors=True)
-        self._pool: futures.ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop()
-        self._caches.cleanup()
-
-    def submit(self, function: Callable[..., object], *args: object) -> futures.Future:
-        """Start `function(*args)` in the worker."""
-        if self._pool is not None:
-            return self._pool.submit(function, *args)
-        spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self._pool = futures.ProcessPoolExecutor(1, spawn, _die_with_parent)
-        caches = {v: f"{self._caches.name}/{v}" for v in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-        with _environment(TRITON_INTERPRET=None, **caches):
-            return self._pool.submit(function, *args)
-
-    def result(self, future: futures.Future, seconds: float) -> object:
-        """The function's result; on a time-out or a death the worker is stopped and a `WorkerError` raised."""
-        try:
-            return future.result(timeout=max(seconds, 0))
-        except futures.TimeoutError:
-            self._stop()
-            raise TimeIsUpError(f"stopped after {seconds:.0f} s") from None
-        except futures.process.BrokenProcessPool:
-            self._stop()
-            raise WorkerError("the process died (a broken CUDA context, or out of memory)") from None
-        except Exception as error:
-            self._stop()  # an error that `measure_call` lets through is one that poisons the process
-            raise WorkerError(f"{type(error).__name__}: {error}".split("\n")[0][:300]) from error
-
-    def call(self, function: Callable[..., object], *args: object, seconds: float) -> object:
-        """`submit` and `result`."""
-        return self.result(self.submit(function, *args), seconds)
-
-    def _stop(self) -> None:
-        if self._pool is None:
-            return
-        for process in list((self._pool._processes or {}).values()):
-            process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._pool = None
-
-
-def _die_with_parent() -> None:
-    """A parent that is killed cannot stop its worker, which would go on holding the GPU."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _environment(**changes: str | None) -> Iterator[None]:
-    """Change variables for the processes started inside the block; None unsets one."""
-    before = {name: os.environ.get(name) for name in changes}
-
-    def apply(values: dict[str, str | None]) -> None:
-        for name, value in values.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-    apply(changes)
-    try:
-        yield
-    finally:
-        apply(before)
-
-
 class Log:
     """`study.jsonl`: rewritten without what is superseded, then appended to line by line, each on disk at once."""
 
     def __init__(self, out: Path, earlier: Results) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         self.path = out / STUDY_FILE
         used = {row["session"] for row in earlier.rows}
-        lines = [_line("session", s) for n, s in sorted(earlier.sessions.items()) if n in used]
-        lines += [_line("row", row) for row in earlier.rows]
+        lines = [{"kind": "session", **s} for number, s in sorted(earlier.sessions.items()) if number in used]
+        for rows in earlier.call_rows().values():
+            lines.append({"kind": "call", "session": rows[0]["session"], "rows": rows})
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as self._file:
+            for line in lines:
+                self.write(line)
         os.replace(temporary, self.path)
 
     def __enter__(self) -> Log:
@@ -271,16 +230,28 @@ class Log:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def write(self, kind: str, entry: dict) -> None:
+    def write(self, entry: dict) -> None:
         """Append one line; it is on the disk when this returns."""
-        self._file.write(_line(kind, entry))
+        self._file.write(json.dumps(entry, separators=(",", ":")) + "\n")
         self._file.flush()
-        with contextlib.suppress(OSError):  # a pipe or an odd file system cannot, and need not
+        with contextlib.suppress(OSError):  # an odd file system cannot, and need not
             os.fsync(self._file.fileno())
 
 
-def _line(kind: str, entry: dict) -> str:
-    return json.dumps({"kind": kind, **entry}, separators=(",", ":")) + "\n"
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Two studies that write to one file would lose each other's lines."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = out / "study.lock"
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StudyError(f"another study is writing to {out}: wait for it, or give another --out.") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _earlier(out: Path, environment: dict) -> Results:
@@ -290,29 +261,26 @@ def _earlier(out: Path, environment: dict) -> Results:
         return Results()
     try:
         earlier = read_results(out)
+    except EmptyResultsError:  # cut off before the first call was done
+        return Results()
     except ResultsError as error:
-        if "holds no measurements" in str(error):  # cut off before the first call was done
-            return Results()
         raise StudyError(f"{error} Give another --out, or remove that file.") from error
     if not all(same_gpu(s["environment"], environment) for s in earlier.sessions.values()):
         raise StudyError(f"{out} holds results of {earlier.machine}, this is another machine: give another --out.")
     return earlier
 
 
-def _is_done(call: Call, earlier: Results, environment: dict) -> bool:
-    """All rows are there, still valid, none failed, and of the same versions of PyTorch and Triton."""
-    names = (call.workload.op, call.direction, call.workload.name, call.dtype_name)
-    rows = earlier.call_rows().get(names, [])
-    versions = [earlier.sessions[row["session"]]["environment"].get("versions") for row in rows]
-    unchanged = all(why_stale(row) is None and row["status"] != "failed" for row in rows)
-    return bool(rows) and unchanged and all(v == environment["versions"] for v in versions)
+def _compiles(call: Call, device: str) -> bool:
+    from .providers import why_not_here
+
+    return why_not_here(COMPILED, call, device) is None
 
 
-def _session(session: int, environment: dict, ceilings: dict | None, commit: str | None) -> dict:
+def _session(number: int, environment: dict, ceilings: dict | None, commit: str | None) -> dict:
     from .environment import describe_commit
 
     return {
-        "session": session,
+        "session": number,
         "environment": environment,
         "ceilings": ceilings,
         "commit": {"id": commit, "dirty": None} if commit else describe_commit(),
@@ -321,16 +289,30 @@ def _session(session: int, environment: dict, ceilings: dict | None, commit: str
     }
 
 
-def awaiting(results: Results | None, device: str = "cuda") -> Iterator[tuple[Call, str]]:
-    """The calls that have no valid measurement in `results`, with the reason: missing, stale or failed."""
-    found = results.call_rows() if results else {}
-    for call in calls(device):
-        rows = found.get((call.workload.op, call.direction, call.workload.name, call.dtype_name), [])
-        stale = next((why for row in rows if (why := why_stale(row))), None)
-        failed = next((row["reason"] for row in rows if row["status"] == "failed"), None)
-        if not rows:
-            yield call, "missing"
-        elif stale:
-            yield call, f"stale: {stale}"
-        elif failed:
-            yield call, f"failed: {failed}"
+def variants_of(call: Call) -> set[tuple[str, str, str]]:
+    """(provider, layout, dtype) of the rows that the call has to have."""
+    from .providers import variants
+
+    return {(v.provider, v.layout, DTYPE_NAMES[v.dtype]) for v in variants(call)}
+
+
+def why_measure(call: Call, results: Results, versions: dict | None = None) -> str | None:
+    """Why the call has to be measured (again): missing, stale or failed; None where it has not.
+
+    With `versions`, other versions of PyTorch or Triton are a reason, too.
+    """
+    rows = results.call_rows().get(call.key, [])
+    if not rows:
+        return "missing"
+    stale = next((why for row in rows if (why := why_stale(row))), None)
+    measured_with = results.sessions[rows[0]["session"]]["environment"].get("versions")
+    if stale or (versions is not None and measured_with != versions):
+        return f"stale: {stale or 'measured with other versions of PyTorch or Triton'}"
+    found = {(row["provider"], row["layout"], row["measured_dtype"]): row for row in rows}
+    if set(found) != variants_of(call):
+        return "stale: the providers changed"
+    if failed := next((row["reason"] for row in rows if row["status"] == "failed"), None):
+        return f"failed: {failed}"
+    if any(row["reason"] == LATER for row in rows):
+        return f"missing: {COMPILED}"
+    return None

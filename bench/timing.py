@@ -5,9 +5,10 @@
 | kernel_cold | device time with the L2 cache flushed before each call |
 | kernel_warm | device time with the caches as the same call left them |
 | op_eager | what a caller waits for: from an idle device to the result, dispatch included, on the wall clock |
-| first_call | wall time of the first call in a process: compilation and autotuning |
+| first_call | wall time of a row's first call: compilation and autotuning, unless an earlier row had done them |
 
-Device times come from a pair of events around the call. Before the first event the device spins for as long as the
+Device times come from a pair of events around the call, and include the microsecond or two between an event and a
+kernel, the same for all providers. Before the first event the device spins for as long as the
 host needs to enqueue the call: the kernels then run back to back, and a slow host is not mistaken for a slow kernel.
 An op that waits for the device inside cannot be enqueued ahead; its device time includes that wait, and the row
 says so (`waits`). On a CPU only `op_eager` exists.
@@ -31,11 +32,10 @@ TIMES = {"cuda": ("kernel_cold", "kernel_warm", "op_eager"), "cpu": ("op_eager",
 CPU_THREADS = 1
 SPIN_HZ = 2.0e9  # at least the SM clock: spinning a little longer than needed costs nothing
 LONGEST_SPIN = 20e-3  # seconds; the launch queue is full long before
-SHORTEST_SAMPLE = 100e-6  # seconds; event pairs resolve about half a microsecond
 FEWEST_ROUNDS, MOST_ROUNDS = 15, 200
-SLOW_ROUNDS = 5  # of a call so slow that more would eat the others' time; nobody asks how slow to the per cent
+SLOW_ROUNDS = 9  # of a call so slow that more would eat the others' time; nobody asks how slow to the per cent
 
-Call = Callable[[], object]
+Function = Callable[[], object]
 
 
 class Clock:
@@ -43,9 +43,10 @@ class Clock:
 
     names: tuple[str, ...]
 
-    def sampler(self, name: str, call: Call) -> Callable[[], float]:
+    def sampler(self, name: str, call: Function) -> Callable[[], float]:
         """A function that takes one sample, in seconds, of the time called `name`."""
-        return {"op_eager": lambda: self.op_eager(call)}[name]
+        assert name == "op_eager", name
+        return lambda: self.op_eager(call)
 
     def synchronize(self) -> None:
         """Wait until the device has nothing left to do."""
@@ -53,15 +54,15 @@ class Clock:
     def finish_stream(self) -> None:
         """Wait for the stream that calls are made on, which is all that events and autograd wait for."""
 
-    def waits(self, call: Call) -> bool:
+    def waits(self, call: Function) -> bool:
         """Whether PyTorch makes the host wait for the device inside the call."""
         return False
 
-    def peak_memory(self, call: Call) -> int | None:
+    def peak_memory(self, call: Function) -> int | None:
         """Bytes that a call allocates at its peak, beyond what was there; None where PyTorch does not count."""
         return None
 
-    def op_eager(self, call: Call) -> float:
+    def op_eager(self, call: Function) -> float:
         """Seconds that a caller waits for the result."""
         self.synchronize()
         start = time.perf_counter()
@@ -84,7 +85,7 @@ class CudaClock(Clock):
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         self.flush = torch.empty(2 * max(cache, 32 * 2**20), dtype=torch.uint8, device="cuda")
-        self._spins: dict[Call, int] = {}
+        self._spins: dict[Function, int] = {}
 
     def synchronize(self) -> None:
         """Wait for every stream."""
@@ -94,18 +95,15 @@ class CudaClock(Clock):
         """Wait for the current stream only."""
         torch.cuda.current_stream().synchronize()
 
-    def sampler(self, name: str, call: Call) -> Callable[[], float]:
+    def sampler(self, name: str, call: Function) -> Callable[[], float]:
         """As `Clock.sampler`; measures first how long the host takes to enqueue the call."""
         if name == "op_eager":
             return super().sampler(name, call)
         spin = self._spin(call)
-        if name == "kernel_cold":
-            return lambda: self._device_seconds(call, self.flush.zero_, spin, 1)
-        # A short call is repeated within a sample, up to what fits into the launch queue.
-        repeats = max(1, min(20, int(SHORTEST_SAMPLE / self._device_seconds(call, call, spin, 1))))
-        return lambda: self._device_seconds(call, call, spin * repeats, repeats)
+        before = self.flush.zero_ if name == "kernel_cold" else call
+        return lambda: self._device_seconds(call, before, spin)
 
-    def waits(self, call: Call) -> bool:
+    def waits(self, call: Function) -> bool:
         """Ask PyTorch to raise an error instead of waiting."""
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -118,7 +116,7 @@ class CudaClock(Clock):
             torch.cuda.set_sync_debug_mode("default")
         return False
 
-    def peak_memory(self, call: Call) -> int:
+    def peak_memory(self, call: Function) -> int:
         """What PyTorch's allocator handed out at most during the call."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -127,7 +125,7 @@ class CudaClock(Clock):
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def _spin(self, call: Call) -> int:
+    def _spin(self, call: Function) -> int:
         """Clock cycles that the device has to be kept busy until the host has enqueued the call."""
         if call not in self._spins:
             seconds = []
@@ -140,18 +138,17 @@ class CudaClock(Clock):
             self._spins[call] = 0 if self.waits(call) else int(enough * SPIN_HZ)
         return self._spins[call]
 
-    def _device_seconds(self, call: Call, before: Call, spin: int, repeats: int) -> float:
-        """Seconds a call on the device, with `before` run just ahead of the first event."""
+    def _device_seconds(self, call: Function, before: Function, spin: int) -> float:
+        """Seconds of a call on the device, with `before` run just ahead of the first event."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if spin:
             torch.cuda._sleep(spin)
         before()
         start.record()
-        for _ in range(repeats):
-            call()
+        call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        return start.elapsed_time(end) / 1e3
 
 
 def make_clock(device: str) -> Clock:
@@ -160,23 +157,22 @@ def make_clock(device: str) -> Clock:
 
 
 def time_calls(
-    calls: Mapping[str, Call], clock: Clock, seconds: float, names: Sequence[str] | None = None
+    calls: Mapping[str, Function], clock: Clock, seconds: float, baselines: Sequence[str] = ()
 ) -> dict[str, dict[str, list[float]]]:
-    """Samples of every call under every name: `result[key][name]`, round by round; see `interleave`.
+    """Samples of every call under every name of the clock: `result[key][name]`, round by round; see `interleave`.
 
     Every name gets an equal share of `seconds`.
     """
-    names = clock.names if names is None else names
     result: dict[str, dict[str, list[float]]] = {key: {} for key in calls}
     with steady():
-        for name in names:
+        for name in clock.names:
             samplers = {key: clock.sampler(name, call) for key, call in calls.items()}
-            for key, samples in interleave(samplers, seconds / len(names)).items():
+            for key, samples in interleave(samplers, seconds / len(clock.names), baselines).items():
                 result[key][name] = samples
     return result
 
 
-def left_running(call: Call, clock: Clock, repeats: int) -> float:
+def left_running(call: Function, clock: Clock, repeats: int) -> float:
     """Seconds that the device works on after the stream of `repeats` calls has finished.
 
     Work on a stream that the caller's stream does not wait for escapes its events, and its results are not ready
@@ -191,14 +187,17 @@ def left_running(call: Call, clock: Clock, repeats: int) -> float:
     return time.perf_counter() - start
 
 
-def interleave(samplers: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
+def interleave(
+    samplers: Mapping[str, Callable[[], float]], seconds: float, baselines: Sequence[str] = ()
+) -> dict[str, list[float]]:
     """One sample of each a round, in the order A B C, C B A, A B C, ...: drift of the clocks hits all alike.
 
-    A sampler that is far slower than the quickest one, and whose share of `seconds` is too short for `FEWEST_ROUNDS`,
-    takes part in the first `SLOW_ROUNDS` only.
+    A sampler that is far slower than the quickest of `baselines` (of all, where none are named), and whose share of
+    `seconds` is too short for `FEWEST_ROUNDS`, takes part in the first `SLOW_ROUNDS` only: it is nobody's rival.
     """
     costs = {key: min(_seconds_of(sample) for _ in range(2)) for key, sample in samplers.items()}  # warms up, too
-    affordable = max(seconds / max(len(samplers), 1) / FEWEST_ROUNDS, 5 * min(costs.values(), default=0.0))
+    quickest = min((costs[key] for key in baselines or costs), default=0.0)
+    affordable = max(seconds / max(len(samplers), 1) / FEWEST_ROUNDS, 5 * quickest)
     slow = {key for key, cost in costs.items() if cost > affordable}
     samples = {key: [] for key in samplers}
     start = time.perf_counter()

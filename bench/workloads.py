@@ -100,6 +100,11 @@ class Call:
         """`fp32`, `bf16`."""
         return DTYPE_NAMES[self.dtype]
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What names it in results: op, direction, workload, dtype."""
+        return self.workload.op, self.direction, self.workload.name, self.dtype_name
+
     def __str__(self) -> str:
         return f"{self.workload.op} {self.direction} {self.workload.name} {self.dtype_name}"
 

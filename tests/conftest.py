@@ -10,6 +10,13 @@ if not torch.cuda.is_available():
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run where the kernels run are a GPU's: `-m gpu` selects them there."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the kernels run."""

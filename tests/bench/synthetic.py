@@ -66,10 +66,25 @@ def session(number=1, ceilings=None, **more):
     return {**found, "command": "python -m bench study --out somewhere", **more}
 
 
+def calls(rows):
+    """Rows in the lines of a study, one a call; a row that its call's line holds already begins a new line."""
+    lines, newest = [], {}
+    for made in rows:
+        key = (made.get("session", 1), *(made[name] for name in ("op", "direction", "workload", "dtype")))
+        name = (made["provider"], made["layout"], made["measured_dtype"])
+        names, line = newest.get(key, (set(), None))
+        if line is None or name in names:
+            names, line = newest[key] = (set(), {"kind": "call", "session": key[0], "rows": []})
+            lines.append(line)
+        names.add(name)
+        line["rows"].append(made)
+    return lines
+
+
 def save_study(folder, rows, sessions=None, tail=""):
     """A study's folder; `tail` is written behind the last whole line."""
     entries = [{"kind": "session", **s} for s in sessions or [session()]]
-    entries += [{"kind": "row", "session": 1, **r} for r in rows]
+    entries += calls(rows)
     folder.mkdir(exist_ok=True)
     (folder / "study.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries) + tail)
     return folder

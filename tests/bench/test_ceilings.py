@@ -115,6 +115,7 @@ def test_without_a_gpu_it_says_so():
         measure_ceilings()
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_measured_ceilings_are_plausible():
     # L2 slower than memory, or more instructions than schedulers x clock, would mean that something else was timed.

@@ -142,19 +142,19 @@ def test_box_iou():
     assert 0 < pairs < 3 * 40 * 7
     assert floor("box_iou", "forward", Inputs((a, b)), FP32) == Floor(4 * 3 * (47 * 4 + 280), pairs * IOU // 32)
     backward = floor("box_iou", "backward", Inputs((a, b)), FP32)
-    assert backward == Floor(4 * 3 * (2 * 47 * 4 + 280), pairs * IOU_BACKWARD // 32)
+    assert backward == Floor(4 * 3 * 2 * 47 * 4 + 4 * pairs, pairs * IOU_BACKWARD // 32)
     wide = floor("box_iou", "forward", Inputs((a[0].double(), b[0].double())), torch.float64)
     assert wide.dram_bytes == 8 * (47 * 4 + 280)
 
 
 def test_label_anchors():
-    # Only objects that exist are read, and only pairs that overlap need an IoU.
+    # Only objects that exist are read, and only pairs that reach the low threshold cannot be ruled out beforehand.
     anchors, gt = iou_inputs()
     gt[1, 2, 0] = float("inf")
     count, anchors = torch.tensor([0, 5, 99], dtype=torch.int32), anchors[0]
     result = floor("label_anchors", "forward", Inputs((anchors, gt, count)), FP32)
     real = [gt[1, [0, 1, 3, 4]], gt[2]]
-    pairs = sum(int((kernels.box_iou(anchors, g, backend="torch") > 0).sum()) for g in real)
+    pairs = sum(int((kernels.box_iou(anchors, g, backend="torch") >= 0.3).sum()) for g in real)
     assert result == Floor(40 * 16 + 12 * 16 + 3 * 4 + 3 * 40 * 5, pairs * LABEL // 32)
     nothing = floor("label_anchors", "forward", Inputs((anchors, gt, count * 0)), FP32)
     assert nothing == Floor(3 * 4 + 3 * 40 * 5, 0)  # the labels do not depend on the anchors
@@ -164,7 +164,8 @@ def test_boxes_that_touch_or_are_empty_do_not_overlap():
     # An IoU of zero needs no arithmetic; NaN compares false with everything.
     boxes = torch.tensor([[0.0, 0, 4, 4], [4, 0, 8, 4], [1, 1, 1, 3], [3, 3, 2, 2], [float("nan"), 0, 9, 9]])
     assert overlapping_pairs(boxes, boxes) == 2
-    assert overlapping_pairs(boxes, boxes[:0]) == 0
+    assert overlapping_pairs(boxes, boxes[:0]) == 0 == overlapping_pairs(boxes, boxes[:0], 0.3)
+    assert overlapping_pairs(boxes, boxes, 1.0) == 2  # each with itself
 
 
 def test_mask_loss_reads_one_channel_of_filled_slots():

@@ -1,5 +1,7 @@
 """What lets a time or a demo through must not let NaN or a wrong number through."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_workloads import tiny
@@ -81,6 +83,27 @@ def test_the_truth_follows_a_new_incoming_gradient():
         truth.check_backward(grads, incoming, torch.float32).require()
 
 
+def test_small_gradients_count():
+    # Next to one large gradient the largest deviation hides that all the others are missing.
+    inputs = tiny("mask_bce_loss").build("cpu", torch.float32, grad=True)
+    truth = Truth("mask_bce_loss", inputs)
+    (grad,) = truth._gradients(torch.tensor(1.0))
+    found = torch.where(grad.abs() > 0.99 * grad.abs().max(), grad, 0.99 * grad).float()
+    checked = truth.check_backward([found], torch.tensor(1.0), torch.bfloat16)
+    assert checked.error < checked.tolerance  # so far so good
+    with pytest.raises(WrongResultError, match="norm"):
+        truth.check_backward([0.985 * grad.float()], torch.tensor(1.0), torch.bfloat16).require()
+
+
+def test_labels_have_to_be_equal_where_it_matters():
+    # Without the low-quality rule a handful of 3,000 anchors differ: few of all, many of the positives.
+    inputs = tiny("label_anchors").build("cpu", torch.float32)
+    labels, matches = kernels.label_anchors(*inputs.args, allow_low_quality_matches=False, backend="torch")
+    for fused in (False, True):
+        with pytest.raises(WrongResultError):
+            Truth("label_anchors", inputs).check_forward((labels, matches), torch.float32, fused).require()
+
+
 @pytest.mark.parametrize("op", ["multiscale_roi_align", "label_anchors"])
 def test_every_image_can_be_checked(op):
     # A provider that computes only the images that are always looked at must not pass: others are drawn later.
@@ -103,7 +126,7 @@ def test_torchvision_is_never_silently_measured_in_another_dtype():
     # It has no bf16 RoIAlign: rows carry the dtypes that were really measured, the best one and the nearest one.
     dtypes = {}
     for op in ("roi_align", "mask_bce_loss"):
-        chosen = variants(Call(tiny(op), "forward", torch.bfloat16))
+        chosen = variants(Call(replace(tiny(op), suite="train"), "forward", torch.bfloat16))
         dtypes[op] = {v.dtype for v in chosen if v.provider == "torchvision"}
     assert dtypes == {"roi_align": {torch.float32, torch.float16}, "mask_bce_loss": {torch.bfloat16}}
 

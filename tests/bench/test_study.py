@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -15,21 +16,21 @@ from typer.testing import CliRunner
 
 from bench import results, study
 from bench.cli import app
+from bench.providers import variants
 from bench.results import STUDY_FILE, read_results, why_stale
 from bench.sources import code_of, source_hash
 from bench.status import find_statuses
 from bench.study import (
-    Progress,
+    LATER,
     StudyError,
-    TimeIsUpError,
-    Worker,
-    WorkerError,
-    awaiting,
     parse_budget,
     run_study,
     select,
+    why_measure,
 )
-from bench.workloads import calls
+from bench.timing import METHOD
+from bench.worker import TimeIsUpError, Worker, WorkerError
+from bench.workloads import DTYPE_NAMES, calls
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"gpu": None, "versions": {"torch": "2"}}
@@ -37,14 +38,11 @@ ONLY = ["box_iou forward", "mask_bce_loss forward"]
 
 
 class FakeWorker:
-    """Answers at once, in this process, with one made-up row a call; `fail` maps a call to what it raises."""
+    """Answers at once, in this process, with made-up rows; `fail` maps a call to what it raises."""
 
-    device = "cpu"
     fail: ClassVar[dict] = {}
     environment: ClassVar[dict] = ENVIRONMENT
-
-    def __init__(self, device):
-        self.asked = []
+    asked: ClassVar[list] = []
 
     def __enter__(self):
         return self
@@ -53,23 +51,32 @@ class FakeWorker:
         pass
 
     def call(self, function, *args, seconds):
-        return dict(self.environment), None
+        return dict(self.environment), None, ""
 
-    def submit(self, function, call, device):
-        return call
+    def submit(self, function, call, device, later):
+        return call, later
 
-    def result(self, call, seconds):
+    def result(self, future, seconds):
+        call, later = future
+        self.asked.append(f"{call} {later}")
         if str(call) in self.fail:
             raise self.fail[str(call)]
-        return [fake_row(call)]
+        return fake_rows(call, later if study._compiles(call, self) else ())
 
 
-def fake_row(call, **changes):
+def fake_rows(call, later=(), **changes):
+    """A row for every variant of the call."""
     workload = call.workload
-    row = {"op": workload.op, "direction": call.direction, "workload": workload.name, "dtype": call.dtype_name}
-    row |= {"suite": workload.suite, "provider": "torch", "layout": "nchw", "measured_dtype": call.dtype_name}
-    row |= {"device": "cpu", "status": "ok", "reason": "", "times": {"op_eager": [1.0, 1.0, 1.0]}, "method": 1}
-    return row | {"inputs": workload.fingerprint, "sources": source_hash(workload.op)} | changes
+    found = []
+    for variant in variants(call):
+        row = {"op": workload.op, "direction": call.direction, "workload": workload.name, "dtype": call.dtype_name}
+        row |= {"suite": workload.suite, "provider": variant.provider, "layout": variant.layout, "device": "cpu"}
+        row |= {"measured_dtype": DTYPE_NAMES[variant.dtype], "status": "ok", "reason": "", "method": METHOD}
+        row |= {"times": {"op_eager": [1.0, 1.0, 1.0]}}
+        if variant.provider in later:
+            row |= {"status": "skipped", "reason": LATER, "times": {}}
+        found.append(row | {"inputs": workload.fingerprint, "sources": source_hash(workload.op)} | changes)
+    return found
 
 
 @pytest.fixture
@@ -77,6 +84,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(study, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "fail", {})
     monkeypatch.setattr(FakeWorker, "environment", ENVIRONMENT)
+    monkeypatch.setattr(FakeWorker, "asked", [])
+    monkeypatch.setattr(study, "_compiles", lambda call, device: False)  # tested on its own
 
 
 def test_a_study_goes_on_where_it_was(fake, tmp_path):
@@ -86,24 +95,25 @@ def test_a_study_goes_on_where_it_was(fake, tmp_path):
     assert first.measured == ["box_iou forward cpu fp32"] and not first.kept
     assert second.kept == first.measured and second.measured == ["mask_bce_loss forward cpu fp32"]
     found = read_results(tmp_path)
-    assert len(found.rows) == 2 and sorted(found.sessions) == [1, 2]
-    assert [row["session"] for row in found.rows] == [1, 2]
+    assert sorted(found.sessions) == [1, 2] and len(found.call_rows()) == 2
+    assert {(row["op"], row["session"]) for row in found.rows} == {("box_iou", 1), ("mask_bce_loss", 2)}
 
 
 def test_what_changed_is_measured_again(fake, tmp_path, monkeypatch):
     # Another source, other inputs, another method, another PyTorch: the old times are of something else.
     run_study(tmp_path, "cpu", ONLY, 60)
-    for name, change in {
-        "source": lambda: monkeypatch.setattr(results, "source_hash", lambda op: "new"),
-        "method": lambda: monkeypatch.setattr(results, "METHOD", 2),
-        "version": lambda: monkeypatch.setattr(FakeWorker, "environment", {**ENVIRONMENT, "versions": {"torch": "3"}}),
-    }.items():
-        with monkeypatch.context():
-            change()
-            assert len(run_study(tmp_path, "cpu", ONLY, 60).measured) == 2, name
-        monkeypatch.undo()
-        monkeypatch.setattr(study, "Worker", FakeWorker)
-    assert len(read_results(tmp_path).rows) == 2  # superseded rows are gone
+    for changed in (
+        (results, "source_hash", lambda op: "new"),
+        (results, "METHOD", METHOD + 1),
+        (FakeWorker, "environment", {**ENVIRONMENT, "versions": {"torch": "3"}}),
+        (study, "variants_of", lambda call: {("another", "nchw", "fp32")}),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(*changed)
+            assert len(run_study(tmp_path, "cpu", ONLY, 60).measured) == 2, changed
+    assert len(read_results(tmp_path).call_rows()) == 2
+    run_study(tmp_path, "cpu", ONLY, 60)
+    assert (tmp_path / STUDY_FILE).read_text().count('"kind":"call"') == 2  # what is superseded is gone
 
 
 def test_a_call_that_dies_costs_itself_only(fake, tmp_path):
@@ -112,8 +122,65 @@ def test_a_call_that_dies_costs_itself_only(fake, tmp_path):
     progress = run_study(tmp_path, "cpu", ONLY, 60)
     assert progress.lost == {"box_iou forward cpu fp32": "the process died"}
     assert progress.measured == ["mask_bce_loss forward cpu fp32"]
+    rows = [row for row in read_results(tmp_path).rows if row["op"] == "box_iou"]
+    assert {row["status"] for row in rows} == {"failed"} and rows[0]["reason"] == "the process died"
     FakeWorker.fail = {}
-    assert run_study(tmp_path, "cpu", ONLY, 60).measured == ["box_iou forward cpu fp32"]
+    # It is tried again, and last: what failed before may well fail again and cost what is left of the time.
+    FakeWorker.asked.clear()
+    again = run_study(tmp_path, "cpu", ["box_iou"], 60)
+    assert again.measured == ["box_iou backward cpu fp32", "box_iou forward cpu fp32"]
+
+
+def test_a_failure_does_not_replace_a_measurement(fake, tmp_path):
+    # A stale time, marked as such, is worth more than the note that a later attempt failed.
+    run_study(tmp_path, "cpu", ONLY, 60)
+    before = read_results(tmp_path).rows
+    FakeWorker.environment = {**ENVIRONMENT, "versions": {"torch": "3"}}
+    FakeWorker.fail = {"box_iou forward cpu fp32": WorkerError("the process died")}
+    assert run_study(tmp_path, "cpu", ["box_iou forward"], 60).lost
+    assert read_results(tmp_path).rows == before
+
+
+def test_compiling_comes_in_a_second_pass(fake, tmp_path, monkeypatch):
+    # It takes longer than everything else: first all calls without it, then those again with it. A compiler that
+    # hangs costs no other provider's time, on this run or the next.
+    monkeypatch.setattr(study, "_compiles", lambda call, device: True)
+    name = "box_iou forward cpu fp32"
+    progress = run_study(tmp_path, "cpu", ["box_iou forward", "mask_bce_loss forward"], 60)
+    assert FakeWorker.asked == [
+        "box_iou forward cpu fp32 ('torch.compile',)",
+        "mask_bce_loss forward cpu fp32 ('torch.compile',)",
+        "box_iou forward cpu fp32 ()",
+        "mask_bce_loss forward cpu fp32 ()",
+    ]
+    assert len(progress.measured) == 4
+    call = select("cpu", ["box_iou forward"])[0]
+    assert why_measure(call, read_results(tmp_path)) is None
+
+    (tmp_path / "two").mkdir()
+    rows = fake_rows(call, later=("torch.compile",))
+    write_study(tmp_path / "two", [rows], ENVIRONMENT)
+    assert why_measure(call, read_results(tmp_path / "two")) == "missing: torch.compile"
+    FakeWorker.fail, FakeWorker.asked = {name: WorkerError("the compiler hangs")}, []
+    progress = run_study(tmp_path / "two", "cpu", ["box_iou forward"], 60)
+    assert progress.lost == {f"{name}, with torch.compile": "the compiler hangs"}
+    assert FakeWorker.asked == [f"{name} ()"]
+    assert [row["status"] for row in read_results(tmp_path / "two").rows] == [row["status"] for row in rows]
+
+
+def test_two_studies_do_not_share_a_folder(fake, tmp_path, monkeypatch):
+    # They would overwrite each other's lines and disturb each other's times.
+    inside = []
+
+    def result(self, future, seconds):
+        with pytest.raises(StudyError, match="another study is writing"):
+            run_study(tmp_path, "cpu", ONLY, 60)
+        inside.append(future)
+        return fake_rows(*future)
+
+    monkeypatch.setattr(FakeWorker, "result", result)
+    assert len(run_study(tmp_path, "cpu", ONLY, 60).measured) == len(inside) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [STUDY_FILE]
 
 
 def test_the_budget_ends_a_study_and_loses_nothing(fake, tmp_path):
@@ -161,6 +228,10 @@ def die():
     os._exit(3)
 
 
+def die_soon():
+    threading.Timer(0.3, os._exit, [3]).start()
+
+
 def complain():
     raise ValueError("too many\nRoIs")
 
@@ -171,7 +242,7 @@ def caches():
 
 def test_the_worker_survives_what_it_runs():
     # Hangs, deaths and errors: each costs one process, and the next function runs in a new one.
-    with Worker("cpu") as worker:
+    with Worker() as worker:
         with pytest.raises(WorkerError, match="the process died"):
             worker.call(die, seconds=60)
         with pytest.raises(WorkerError, match=r"^ValueError: too many$"):
@@ -181,6 +252,8 @@ def test_the_worker_survives_what_it_runs():
         cache, interpret = worker.call(caches, seconds=60)
         # First calls compile anew, and what is measured is not the interpreter, whatever this process has set.
         assert cache != os.environ.get("TRITON_CACHE_DIR") and interpret is None
+        worker.call(die_soon, seconds=60)
+        time.sleep(1)  # dies idle
         process = worker.call(sleep_then_return, 0, seconds=60)
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
@@ -194,7 +267,7 @@ def test_a_terminated_study_keeps_what_it_has(tmp_path):
     until = time.monotonic() + 120
     while time.monotonic() < until:
         path = tmp_path / STUDY_FILE
-        if path.exists() and '"kind":"row"' in path.read_text():
+        if path.exists() and '"kind":"call"' in path.read_text():
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -234,24 +307,28 @@ def test_comments_do_not_make_a_result_stale():
     assert code_of(source.replace("+ 1", "+ 2")) != code_of(source)
 
 
-def gpu_study(folder, rows):
-    """A results folder as a GPU would leave it."""
-    folder.mkdir(parents=True)
-    session = {"session": 1, "environment": {"gpu": {"name": "NVIDIA H200"}, "versions": {"torch": "2"}}}
-    lines = [{"kind": "session", **session}, *({"kind": "row", "session": 1, **row} for row in rows)]
+def write_study(folder, calls_rows, environment):
+    """A results folder as a study would leave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"kind": "session", "session": 1, "environment": environment}]
+    lines += [{"kind": "call", "session": 1, "rows": rows} for rows in calls_rows]
     (folder / STUDY_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+H200 = {"gpu": {"name": "NVIDIA H200"}, "versions": {"torch": "2"}}
 
 
 def test_status_knows_missing_stale_and_failed(tmp_path):
     # The list that the next minutes on a GPU are spent on.
     first, second, third, *_ = calls("cuda")
-    gpu_study(
+    write_study(
         tmp_path / "h200",
         [
-            fake_row(first, device="cuda"),
-            fake_row(second, device="cuda", sources="old"),
-            fake_row(third, device="cuda", status="failed", reason="no memory"),
+            fake_rows(first, device="cuda"),
+            fake_rows(second, device="cuda", sources="old"),
+            fake_rows(third, device="cuda", status="failed", reason="no memory"),
         ],
+        H200,
     )
     ((found,), problems) = find_statuses(tmp_path)
     assert found.machine == "NVIDIA H200" and not problems
@@ -263,12 +340,12 @@ def test_status_knows_missing_stale_and_failed(tmp_path):
 
 def test_status_without_any_gpu_result_lists_everything(tmp_path):
     # As this repository began: nothing measured, and the command that would.
-    gpu_study(tmp_path / "cpu", [fake_row(next(iter(calls("cpu"))))])  # of a CPU: not a GPU's
+    write_study(tmp_path / "cpu", [fake_rows(next(iter(calls("cpu"))))], ENVIRONMENT)  # of a CPU: not a GPU's
     done = CliRunner().invoke(app, ["status", str(tmp_path), "--calls"])
     assert done.exit_code == 1
     number = len(list(calls("cuda")))
     assert f"{number} calls await a GPU" in done.output and "python -m bench study --out" in done.output
-    assert done.output.count(": missing") == number == len(list(awaiting(None)))
+    assert done.output.count(": missing") == number
 
 
 def test_an_unreadable_result_is_named(tmp_path):
@@ -290,9 +367,3 @@ def test_a_bad_option_writes_nothing(tmp_path):
     for options in (["--budget", "soon"], ["--only", "roialign"]):
         done = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "x"), *options])
         assert done.exit_code == 2 and done.stderr.startswith("error: ") and not (tmp_path / "x").exists()
-
-
-def test_progress_starts_empty():
-    # Mutable defaults shared between two studies would mix their calls.
-    Progress().measured.append("a")
-    assert Progress().measured == []
