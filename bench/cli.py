@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -23,6 +26,18 @@ app = typer.Typer(
 app.command()(resources)
 ROOT = Path(__file__).resolve().parents[1]
 
+Log = Annotated[Path | None, typer.Option(help="Also write the output to this file, as it comes.")]
+
+
+class Sanitizer(StrEnum):
+    """The tools of compute-sanitizer."""
+
+    memcheck = auto()
+    racecheck = auto()
+    initcheck = auto()
+    synccheck = auto()
+
+
 Only = Annotated[
     list[str] | None,
     typer.Option(help="Only calls whose name or suite holds all these words, e.g. 'train bf16'; may be repeated."),
@@ -39,33 +54,34 @@ def study(
     """Measure what is missing or stale, the most valuable first, within a time budget; then write the page.
 
     Two files: study.jsonl, which holds every sample, and report.html; `report` adds Markdown and plots. Without a GPU
-    it measures the CPU providers on small workloads. Exit status 1 where a call was lost to an error.
+    it measures the CPU providers on small workloads. Exit status 1 where a call was lost to an error, 130 where it was
+    stopped.
     """
     import torch
     from rich.console import Console
 
-    from .study import StudyError, WorkerError, parse_budget, run_study
+    from .study import StudyError, parse_budget, run_study
+    from .worker import WorkerError
 
-    def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: the worker is stopped, what is measured stays
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        console.print("no GPU: small workloads, CPU providers only; these times say nothing about the Triton kernels")
     try:
-        progress = run_study(out, device, only or (), parse_budget(budget), commit, console.print)
+        with _sigterm_interrupts():
+            progress = run_study(out, device, only or (), parse_budget(budget), commit, console.print)
     except (StudyError, WorkerError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{out} cannot be written: {error.strerror}.")
     except KeyboardInterrupt:
-        console.print(f"stopped; what was measured is in {out}: run the same command to go on", soft_wrap=True)
+        console.print(f"stopped; what was measured is in {out}: run the same command to go on, or `report` to see it")
         raise typer.Exit(130) from None
     for name, why in progress.lost.items():
         console.print(f"[red]lost[/red] {name}: {why}")
     console.print(
-        f"{len(progress.measured)} calls measured, {len(progress.kept)} still valid from before, "
-        f"{len(progress.lost)} lost, {len(progress.left)} left for the next run"
+        f"calls measured: {len(progress.measured)}, still valid from before: {len(progress.kept)}, "
+        f"lost: {len(progress.lost)}, left for the next run: {len(progress.left)}"
     )
     if progress.measured or progress.kept:
         _report(out, out, markdown=False)
@@ -75,56 +91,46 @@ def study(
 
 @app.command()
 def status(
-    reports: Annotated[Path, typer.Argument(help="Folder of results folders.")] = Path("reports"),
+    reports: Annotated[Path, typer.Argument(help="A results folder, or the folder of all of them.")] = Path("reports"),
     list_calls: Annotated[bool, typer.Option("--calls", help="Name every call that awaits a GPU.")] = False,
 ) -> None:
     """What is missing or stale, for each GPU that has results; exit status 1 where anything is."""
     from rich.console import Console
-    from rich.table import Table
 
-    from .status import find_statuses
+    from .status import find_statuses, status_table
 
-    console = Console(highlight=False)
+    if not reports.is_dir():
+        _fail(f"{reports} is no folder; results are kept in reports/ of a checkout")
+    console = Console(highlight=False, soft_wrap=True)
     statuses, problems = find_statuses(reports)
     for problem in problems:
         console.print(f"[red]unreadable[/red] {problem}")
     for found in statuses:
-        where = f" in {found.folder}" if found.folder else f": no results of one in {reports}"
-        table = Table(title=f"{found.machine}{where}", caption=found.versions, title_justify="left")
-        states = ("measured", "stale", "failed", "missing")
-        for column in ("suite", *states):
-            table.add_column(column, justify="left" if column == "suite" else "right")
-        for suite in found.suites:
-            table.add_row(suite, *(str(found.counts(suite)[state]) for state in states))
-        console.print(table)
+        console.print(status_table(found))
         if list_calls:
             for call, reason in found.awaiting.items():
-                console.print(f"{call}: {reason}", soft_wrap=True)
+                console.print(f"{call}: {reason}")
         if found.awaiting:
-            folder = found.folder or reports / "GPU-NAME"
             console.print(f"{len(found.awaiting)} calls await a GPU. On a machine with one:")
-            console.print(f"python -m bench study --out {folder} --budget 8m", soft_wrap=True)
+            console.print(f"python -m bench study --out {found.folder or reports / 'GPU-NAME'} --budget 8m")
     if problems or any(found.awaiting for found in statuses):
         raise typer.Exit(1)
 
 
 @app.command("gpu-check")
-def gpu_check(
-    log: Annotated[Path | None, typer.Option(help="Also write pytest's output to this file.")] = None,
-) -> None:
-    """Run the tests with the real kernels on the GPU: before any time is believed."""
+def gpu_check(log: Log = None) -> None:
+    """Run the tests of the kernels, the model and the clock on the GPU: before any time is believed."""
     _need_gpu("the tests run in Triton's interpreter with `make test`")
-    command = [sys.executable, "-m", "pytest", str(_tests()), "-m", "not slow", "-q"]
-    raise typer.Exit(_run(command, log))
+    _run([sys.executable, "-m", "pytest", str(_tests()), "-m", "gpu and not slow", "-q"], log)
 
 
 @app.command()
 def sanitize(
-    tool: Annotated[str, typer.Option(help="memcheck, racecheck, initcheck or synccheck.")] = "memcheck",
+    tool: Annotated[Sanitizer, typer.Option(help="Which of its tools.")] = Sanitizer.memcheck,
     select: Annotated[
-        str, typer.Option("-k", help="Which op tests; the sanitizer slows each launch a hundredfold.")
-    ] = ("not compile and not gradcheck"),
-    log: Annotated[Path | None, typer.Option(help="Also write the output to this file.")] = None,
+        str, typer.Option("-k", help="Which op tests: each launch is slowed a hundredfold.")
+    ] = "not compile and not gradcheck",
+    log: Log = None,
 ) -> None:
     """Run the op tests on the GPU under NVIDIA's compute-sanitizer; exit status 9 where it finds an error."""
     from .ncu import find_tool
@@ -135,45 +141,36 @@ def sanitize(
         program = find_tool("compute-sanitizer")
     except StudyError as error:
         _fail(str(error))
-    tests = [sys.executable, "-m", "pytest", str(_tests() / "kernels"), "-m", "not slow", "-q", "-x", "-k", select]
-    options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    tests = ["-m", "pytest", str(_tests() / "kernels"), "-m", "gpu and not slow", "-q", "-x", "-k", select]
     # PyTorch's caching allocator would hide an access beyond a tensor but inside its block.
-    raise typer.Exit(_run([program, *options, *tests], log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+    command = [program, "--tool", tool.value, "--error-exitcode", "9", sys.executable, *tests]
+    _run(command, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 @app.command()
 def ncu(
-    out: Annotated[Path, typer.Option(help="Folder for ncu.json.")],
+    out: Annotated[Path, typer.Option(help="Folder for ncu.json; what is in it is not counted again.")],
     only: Only = None,
+    budget: Annotated[str, typer.Option(help="Time for everything, e.g. 8m.")] = "8m",
 ) -> None:
     """Count DRAM bytes and issue slots of our kernels with Nsight Compute, beside what the model says they need.
 
     By default the train suite in bf16 (fp32 for boxes).
     """
-    import json
-
     from rich.console import Console
 
-    from .ncu import profile_call, triton_variants
-    from .report import write_whole
-    from .study import StudyError, select
+    from .ncu import count_calls
+    from .study import StudyError, parse_budget, select
 
     _need_gpu("Nsight Compute reads a GPU's counters")
-    console, found = Console(highlight=False), []
+    console = Console(highlight=False, soft_wrap=True)
     try:
-        for call in select("cuda", only or ["train bf16", "train label_anchors", "train box_iou"]):
-            for variant in triton_variants(call):
-                found.append(profile_call(call, variant))
-                moved = sum(k["dram_read_bytes"] + k["dram_write_bytes"] for k in found[-1]["kernels"])
-                model = found[-1]["floor"]["dram_bytes"]
-                issue = max(k["issue_percent"] for k in found[-1]["kernels"])
-                console.print(
-                    f"{call}, {variant}: {moved / 1e6:.0f} MB through DRAM, {moved / model:.2f} x the model's, "
-                    f"issue slots up to {issue:.0f} % used"
-                )
-                write_whole(out / "ncu.json", json.dumps(found, indent=1).encode())
+        chosen = select("cuda", only or ["train bf16", "train label_anchors", "train box_iou"])
+        count_calls(chosen, out / "ncu.json", parse_budget(budget), console.print)
     except StudyError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{out} cannot be written: {error.strerror}.")
 
 
 @app.command()
@@ -236,20 +233,42 @@ def _tests() -> Path:
     return ROOT / "tests"
 
 
-def _run(command: list[str], log: Path | None, **environment: str) -> int:
-    """Run in the checkout, showing the output as it comes and keeping it in `log`; the exit status."""
-    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, cwd=ROOT, env=variables | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        lines = []
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: processes are stopped, what is measured stays."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(command: list[str], log: Path | None, **environment: str) -> NoReturn:
+    """Run in the checkout and exit with its status; the output is shown, and kept in `log`, line by line."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    variables |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **environment}
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if log is not None:
+            try:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                kept = stack.enter_context(log.open("w", encoding="utf-8", buffering=1))
+            except OSError as error:
+                _fail(f"{log} cannot be written: {error.strerror}.")
+        process = stack.enter_context(
+            subprocess.Popen(
+                command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
         for line in process.stdout:
             typer.echo(line, nl=False)
-            lines.append(line)
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(lines), encoding="utf-8")
-    return process.returncode
+            if kept is not None:
+                kept.write(line)
+    raise typer.Exit(process.returncode)
 
 
 def _fail(message: str) -> NoReturn:

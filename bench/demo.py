@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -28,10 +25,13 @@ from mrcnn.visualize import draw_detections, draw_sheet
 from .follow import TOLERANCE, follow, following_table
 from .plots import format_seconds
 from .report import write_report
-from .results import read_results
+from .results import STUDY_FILE, read_results
+from .study import run_study
 
 MIN_MASK_AP50 = 0.35
 FOLLOW_STEPS = 20
+MEASURED = ("train bf16", "train label_anchors", "train box_iou")  # on a GPU; on a CPU there is little to measure
+MEASURING = 240.0  # seconds
 SHEET_IMAGES = 6
 SHEET_SCORE = 0.3  # a model of a few minutes is not sure of much
 
@@ -52,7 +52,6 @@ def demo_config(on_gpu: bool) -> Config:
 
 def run_demo(output: Path, console: Console) -> bool:
     """Run every part, writing to `output`; False where a part did not reach what it has to."""
-    output = output.resolve()  # the benchmark suite runs in another folder
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     config = demo_config(on_gpu)
@@ -79,7 +78,7 @@ def run_demo(output: Path, console: Console) -> bool:
     console.print(f"wrote {sheet}: detections with a score above {SHEET_SCORE}")
 
     console.rule("4. measuring the ops")
-    measured = _measure(output, console)
+    measured = _measure(output, on_gpu, console)
     return learned and followed and measured
 
 
@@ -130,31 +129,28 @@ def _draw(checkpoint: Checkpoint, dataset: ShapesDataset, path: Path) -> None:
     draw_sheet(rows, path)
 
 
-def _measure(output: Path, console: Console) -> bool:
-    """Run the pytest-benchmark suite in a process of its own (there the kernels are compiled) and report.
+def _measure(output: Path, on_gpu: bool, console: Console) -> bool:
+    """A short study (its worker is a process of its own, where the kernels are compiled) and its report.
 
     False where a provider failed, or a Triton result was wrong. A baseline that is wrong in float16 is no rival, no
     more: the report says so.
     """
-    results = output / "benchmark.json"
-    results.unlink(missing_ok=True)
-    suite = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", str(suite), "--benchmark-only", f"--benchmark-json={results}", "-q"]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with console.status("pytest bench --benchmark-only"):
-        done = subprocess.run(command, cwd=suite.parent, env=environment, capture_output=True, text=True)
-    if not results.is_file():
-        raise RuntimeError(f"the benchmark suite wrote no results:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    table = read_results(results).table()
+    folder, device = output / "study", "cuda" if on_gpu else "cpu"
+    (folder / STUDY_FILE).unlink(missing_ok=True)  # of an earlier demo
+    with console.status("measuring") as status:
+        progress = run_study(folder, device, MEASURED if on_gpu else (), MEASURING, on_event=status.update)
+    table = read_results(folder).table()
     timed = table["median"].notna()
     console.print(f"{timed.sum()} rows measured, {(~timed).sum()} not; the report says why")
-    for path in write_report(results, output / "report")[:2]:
+    for path in write_report(folder, output / "report")[:2]:
         console.print(f"wrote {path}")
     console.print(speedup_table(table))
     bad = table[(table["status"] == "failed") | ((table["status"] == "red") & (table["provider"] == "triton"))]
     for row in bad.itertuples():
         console.print(_verdict(False, f"{row.op} {row.direction}, {row.workload}, {row.provider}: {row.reason}"))
-    return bad.empty
+    for name, reason in progress.lost.items():
+        console.print(_verdict(False, f"{name}: {reason}"))
+    return bad.empty and not progress.lost
 
 
 def speedup_table(results: pd.DataFrame) -> Table | str:

@@ -23,6 +23,7 @@ def describe_environment() -> dict[str, object]:
         "versions": {"torch": torch.__version__, **{name: _version(name) for name in ("torchvision", "triton")}},
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "cpu_name": _cpu_name(),
         "cpu_threads": CPU_THREADS,
         "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("TRITON_") and "_DIR" not in k},
     }
@@ -48,6 +49,14 @@ def has_uncommitted_files() -> bool:
 def same_gpu(one: dict, other: dict) -> bool:
     """Whether two environments are of the same kind of GPU (or both of none): else times are not comparable."""
     return (one.get("gpu") or {}).get("name") == (other.get("gpu") or {}).get("name")
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _git(*arguments: str) -> str | None:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .measure import add_floors
 from .providers import Variant, variants
+from .sources import source_hash
 from .study import StudyError
 from .workloads import DTYPE_NAMES, Call
 
@@ -56,6 +59,35 @@ def find_tool(name: str) -> str:
     return found
 
 
+def count_calls(calls: list[Call], path: Path, budget: float, on_event: Callable[[str], None]) -> None:
+    """Profile our kernels in every mode of `calls`, adding to the JSON file at `path` what it has not got yet."""
+    from .report import write_whole
+
+    deadline = time.monotonic() + budget
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for call in calls:
+        for variant in (v for v in variants(call) if v.provider == "triton"):
+            names = {"call": str(call), "variant": str(variant), "sources": source_hash(call.workload.op)}
+            left = deadline - time.monotonic()
+            if left <= 0:
+                on_event("the time is up: run the same command to go on")
+                return
+            if not any(names.items() <= entry.items() for entry in found):
+                found = [e for e in found if (e["call"], e["variant"]) != (str(call), str(variant))]
+                found.append(names | profile_call(call, variant, left))
+                write_whole(path, json.dumps(found, indent=1).encode())
+            on_event(_summary(next(entry for entry in found if names.items() <= entry.items())))
+
+
+def _summary(entry: dict) -> str:
+    moved = sum(k["dram_read_bytes"] + k["dram_write_bytes"] for k in entry["kernels"])
+    issue = max(k["issue_percent"] for k in entry["kernels"])
+    return (
+        f"{entry['call']}, {entry['variant']}: {moved / 1e6:.0f} MB through DRAM, "
+        f"{moved / entry['floor']['dram_bytes']:.2f} times the model's; issue slots up to {issue:.0f} % used"
+    )
+
+
 def profile_call(call: Call, variant: Variant, seconds: float = 120.0) -> dict:
     """Counters of every kernel of one call, and the call's floor.
 
@@ -81,7 +113,7 @@ def profile_call(call: Call, variant: Variant, seconds: float = 120.0) -> dict:
         raise StudyError(f"ncu reported no kernel for {call}: {' '.join(tail)}")
     row = {"measured_dtype": DTYPE_NAMES[variant.dtype]}
     add_floors(call, [row])
-    return {"call": str(call), "variant": str(variant), "floor": row["floor"], "kernels": [asdict(k) for k in kernels]}
+    return {"floor": row["floor"], "kernels": [asdict(k) for k in kernels]}
 
 
 def read_counters(output: str) -> Iterator[KernelCounters]:
@@ -105,8 +137,3 @@ def _number(text: str, unit: str) -> float:
         return float(text.replace(",", "")) * SCALES[unit]
     except (KeyError, ValueError):
         raise StudyError(f"ncu printed {text!r} {unit!r}, which is no number in a known unit") from None
-
-
-def triton_variants(call: Call) -> list[Variant]:
-    """The modes of our kernels: what is worth a look inside."""
-    return [v for v in variants(call) if v.provider == "triton"]

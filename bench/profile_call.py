@@ -18,7 +18,6 @@ def main(call_name: str, variant_name: str) -> None:
     variant = next(v for v in variants(call) if str(v) == variant_name)
     clock = make_clock("cuda")
     contestant = Contestant(variant, Draws(call, "cuda"), clock)
-    contestant.check()
     contestant()
     clock.synchronize()
     torch.cuda.profiler.start()

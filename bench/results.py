@@ -196,13 +196,14 @@ def _ratios(row: dict, time: str, best: dict | None, baselines: list[dict], nois
     """Against the best baseline in any dtype, and against the best one in the row's own dtype."""
     if row["status"] != "ok" or best is None or time not in row.get("times", {}):
         empty = dict.fromkeys(("best_median", "ratio", "low", "high", "ratio_same_dtype"), np.nan)
-        return {"best_baseline": None, "verdict": None, **empty}
+        return {"best_baseline": None, "best_waits": False, "verdict": None, **empty}
     ours, theirs = row["times"][time], best["times"][time]
     rounds = min(len(ours), len(theirs))  # a slow provider takes part in the first rounds only
     compared = compare(ours[:rounds], theirs[:rounds], 0.0 if np.isnan(noise) else noise)
     same = [np.median(b["times"][time]) for b in baselines if b["measured_dtype"] == row["measured_dtype"]]
     return {
         "best_baseline": f"{best['provider']} {best['measured_dtype']}",
+        "best_waits": bool(best.get("waits")) and time != "op_eager",
         "best_median": np.median(theirs),
         "ratio": compared.ratio,
         "low": compared.low,

@@ -7,7 +7,8 @@ import functools
 import hashlib
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels"
 SHARED = ("backend.py", "checks.py", "device.py", "runtime.py")
 FOLDERS = {
     "roi_align": ("roi_align",),
@@ -20,13 +21,13 @@ FOLDERS = {
 
 @functools.cache
 def source_hash(op: str) -> str:
-    """Hash of all code of `kernels/` that the op runs."""
-    files = [KERNELS / name for name in SHARED]
+    """Hash of all code of `kernels/` that the op runs, and of how the baselines are called."""
+    files = [ROOT / "bench" / "providers.py", *(KERNELS / name for name in SHARED)]
     for folder in FOLDERS[op]:
         files += sorted((KERNELS / folder).glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(KERNELS).as_posix()}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:12]
 
 

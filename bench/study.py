@@ -49,16 +49,16 @@ def parse_budget(text: str) -> float:
     """Seconds from `8m`, `90s`, `1.5h` or `1h30m`.
 
     Raises:
-        StudyError: anything else, or nothing.
+        StudyError: anything else (a bare number may be meant as minutes), nothing, or more than a week.
     """
-    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    parts = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip())
     try:
         hours, minutes, seconds = (float(p or 0) for p in parts.groups())
     except (AttributeError, ValueError):
         raise StudyError(f"budget {text!r} is not a time: write 8m, 90s or 1h30m") from None
     total = 3600 * hours + 60 * minutes + seconds
-    if not total > 0:
-        raise StudyError(f"budget {text!r} is no time at all: write 8m, 90s or 1h30m")
+    if not 0 < total < 7 * 86400:
+        raise StudyError(f"budget {text!r} is no time at all or longer than a week: write 8m, 90s or 1h30m")
     return total
 
 
@@ -73,8 +73,8 @@ def select(device: str, only: Sequence[str]) -> list[Call]:
     for words in only:
         found = [c for c in everything if all(w in f"{c} {c.workload.suite}".split() for w in words.split())]
         if not found:
-            names = ", ".join(dict.fromkeys(c.workload.op for c in everything))
-            raise StudyError(f"no call matches {words!r}; ops: {names}; every call: mrcnn-bench status --calls")
+            known = ", ".join(dict.fromkeys(w for c in everything for w in (*c.key, c.workload.suite)))
+            raise StudyError(f"no call on a {device} device matches {words!r}; the words are {known}")
         chosen += found
     return [c for c in everything if c in chosen] if only else everything
 
@@ -96,7 +96,10 @@ def run_study(
     deadline = time.monotonic() + budget - min(RESERVE, budget / 10)
     wanted = select(device, only)
     with _only_one(out), Worker() as worker:
-        environment, ceilings, problem = worker.call(describe, device, seconds=deadline - time.monotonic())
+        try:
+            environment, ceilings, problem = worker.call(describe, device, seconds=deadline - time.monotonic())
+        except TimeIsUpError:
+            raise StudyError(f"a budget of {budget:.0f} s is too short: starting up alone took longer") from None
         if problem:
             on_event(f"no roofs: {problem}")
         earlier = _earlier(out, environment)

@@ -123,8 +123,7 @@ def machine_text(environment: dict) -> str:
     gpu = environment.get("gpu")
     if gpu:
         return f"{gpu['name']} ({gpu.get('sm_count', '?')} SMs)"
-    cpu = environment.get("cpu")  # pytest-benchmark's description
-    name = cpu.get("brand_raw", "unknown") if isinstance(cpu, dict) else "unknown"
+    name = environment.get("cpu_name") or "unknown"
     return f"a CPU ({name}, threads used: {environment.get('cpu_threads', '?')}), no GPU"
 
 

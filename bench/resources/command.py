@@ -20,7 +20,7 @@ def resources(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the committed tables.")] = Path(
         "reports/resources"
     ),
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where something got worse.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 where it got worse.")] = False,
 ) -> None:
     """Compile every kernel, no GPU needed, and table its registers, spills, vector loads and occupancy.
 
@@ -31,16 +31,26 @@ def resources(
     from .gate import check_resources
     from .table import read_tables, write_table
 
+    try:  # before compiling, and before the table is overwritten by what is compared with it
+        committed = read_tables(output)
+    except ValueError as error:
+        _fail(f"a table in {output} is not valid JSON ({error})")
+    if check and not committed:
+        _fail(f"there is no table in {output} to compare with: run this in a checkout, or without --check first")
     version, rows = _measure(targets)
     Console().print(_table(rows, version))
-    if not check:
-        for path in write_table(output, version, rows):
-            typer.echo(f"wrote {path}")
-    wrong = check_resources(rows, read_tables(output), version)
+    wrong = check_resources(rows, committed, version)
     for sentence in wrong:
         typer.echo(f"worse: {sentence}", err=True)
-    if check and wrong:
-        raise typer.Exit(1)
+    if not wrong:
+        typer.echo(f"nothing is worse than in the tables of Triton {', '.join(committed) or '(none yet)'}")
+    if check:
+        raise typer.Exit(1 if wrong else 0)
+    try:
+        for path in write_table(output, version, rows):
+            typer.echo(f"wrote {path}")
+    except OSError as error:
+        _fail(f"{output} cannot be written: {error.strerror}")
 
 
 def _measure(targets: str) -> tuple[str, list[Row]]:

@@ -64,13 +64,25 @@ def _broken_promises(row: Row, tables: dict[str, list[Row]]) -> Iterator[str]:
             yield f"lost its {what}, which every committed table has"
 
 
+def _worse_than(row: Row, committed: Row) -> Iterator[str]:
+    """The same compiler gave more for the row before: a change of the kernel's, to be mended or committed knowingly."""
+    old, new = committed.assembly, row.assembly
+    if new.spills > old.spills:
+        yield f"spills {new.spills} times, {old.spills} in the committed table"
+    for what, counts in (("loads", lambda code: code.loads), ("stores", lambda code: code.stores)):
+        if wide(counts(new)) < wide(counts(old)):
+            yield f"{wide(counts(new))} 16-byte {what}, {wide(counts(old))} in the committed table"
+
+
 def _changed_rows(rows: list[Row], table: list[Row]) -> Iterator[str]:
-    """Rows that the committed table has alone, or lacks."""
+    """Rows that the committed table has alone, lacks, or has better."""
     targets = {row.target for row in rows}
     committed = {row.key: row for row in table if row.target in targets}
     measured = {row.key: row for row in rows}
     if committed:
         for row in (measured[key] for key in measured.keys() - committed.keys()):
             yield f"{_name(row)}: not in the committed table; run `mrcnn-bench resources`"
+        for key in committed.keys() & measured.keys():
+            yield from (f"{_name(measured[key])}: {fault}" for fault in _worse_than(measured[key], committed[key]))
         for row in (committed[key] for key in committed.keys() - measured.keys()):
             yield f"{_name(row)}: only in the committed table; run `mrcnn-bench resources`"

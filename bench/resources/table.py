@@ -15,15 +15,23 @@ _INTRODUCTION = """# Kernel resources, Triton {version}
 
 What Triton {version}, with the `ptxas` and LLVM that it brings, makes of every kernel that the op calls below launch,
 forward and backward. No GPU took part: the kernels are compiled as the ops launch them, and the machine code is read.
-Written by `mrcnn-bench resources`. `make test` compiles again and fails on spills, on 16-byte accesses or vector
-atomics that are gone, on a compare-and-swap loop, and on inexact arithmetic where results have to be exact.
+Written by `mrcnn-bench resources`. `make test` compiles again and fails where a kernel spills (more than four
+instructions, or more than here), has fewer 16-byte accesses than here or no vector atomics any more, adds in a
+compare-and-swap loop, or is inexact where results have to be exact. Register counts are free to move.
 
 - **gfx942 is compiled only. None of this has ever run on an AMD GPU.**
 - Occupancy is theoretical: the part of a processor's warps that registers and shared memory leave room for. Nothing
   here is a time.
-- Registers and stack are a thread's. Spills count `LDL` and `STL` instructions on NVIDIA, spilled VGPRs on AMD.
+- Calls have the sizes of a training step: 256 channels, 800 x 1344 pixels, 81 classes. `7x7 2x2` is 7 x 7 bins of 2 x 2
+  samples; with `adaptive` the kernel counts its samples. `label_anchors` is fp32.
+- A tile is what one program computes: BINS output bins, C channels, N x M pairs of boxes, A anchors, G objects, BLOCK
+  pixels of a mask.
+- Registers and stack are a thread's. Spills count `LDL` and `STL` instructions on NVIDIA, spilled VGPRs on AMD; the
+  bytes behind them are the thread's stack. Shared memory is in bytes a block. Instructions are those in the binary,
+  on every path, not those executed.
 - Loads, stores and atomics are instructions on global memory: `8×16` is eight that move 16 bytes a thread, `8×F32x4`
-  eight that add four floats each. AMD's scalar loads, one for a whole wave, are left out.
+  eight that add four floats each. Several widths in one kernel belong to several tensors, or to a vector path and its
+  remainder. AMD's scalar loads, one for a whole wave, are left out.
 - FMA counts fused multiply-adds in PTX; of AMD's it cannot be told which belong to a division.
 - A kernel that one call launches in two specialisations appears twice, the second as `name/2`.
 """

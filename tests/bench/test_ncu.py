@@ -1,12 +1,16 @@
+import json
+
 import pytest
 import torch
 
 from bench import ncu
-from bench.ncu import METRICS, find_tool, profile_call, read_counters, triton_variants
+from bench.ncu import METRICS, count_calls, find_tool, profile_call, read_counters
+from bench.providers import variants
 from bench.study import StudyError
 from bench.workloads import calls
 
 CALL = next(calls("cuda"))
+VARIANT = next(variants(CALL))
 HEAD = ["ID", "Process ID", "Process Name", "Host Name", "Kernel Name", "Context", "Stream", "Block Size", "Grid Size"]
 UNITS = ["byte", "byte", "byte", "inst", "%", "nsecond"]
 
@@ -67,9 +71,8 @@ def fake_ncu(tmp_path, monkeypatch, text, status=0):
 def test_a_call_stands_beside_its_floor(tmp_path, monkeypatch):
     # Counters without the model's bytes of the same call and dtype would compare with nothing.
     fake_ncu(tmp_path, monkeypatch, output())
-    variant = triton_variants(CALL)[0]
-    found = profile_call(CALL, variant)
-    assert len(found["kernels"]) == 2 and variant.dtype == torch.bfloat16
+    found = profile_call(CALL, VARIANT)
+    assert len(found["kernels"]) == 2 and VARIANT.dtype == torch.bfloat16
     assert 3e8 < found["floor"]["dram_bytes"] < 937e6  # fewer than all cells, see kernels' notes
     args = (tmp_path / "args").read_text()
     assert "--clock-control none" in args and str(CALL) in args and "bench.profile_call" in args
@@ -79,4 +82,18 @@ def test_forbidden_counters_are_told(tmp_path, monkeypatch):
     # Where ncu may not read the counters it exits with its reason; nothing is reported as zero bytes.
     fake_ncu(tmp_path, monkeypatch, "==ERROR== ERR_NVGPUCTRPERM: no permission\n", status=1)
     with pytest.raises(StudyError, match="ERR_NVGPUCTRPERM"):
-        profile_call(CALL, triton_variants(CALL)[0])
+        profile_call(CALL, VARIANT)
+
+
+def test_counting_goes_on_where_it_was(tmp_path, monkeypatch):
+    # ncu takes a quarter of a minute a call: what is counted is kept, and not counted again for the same source.
+    fake_ncu(tmp_path, monkeypatch, output())
+    path, said = tmp_path / "out" / "ncu.json", []
+    count_calls([CALL], path, 60, said.append)
+    assert len(json.loads(path.read_text())) == 2  # two memory formats
+    assert "937 MB through DRAM" in said[0] and "up to 62 % used" in said[0]
+    monkeypatch.setattr(ncu, "profile_call", None)  # would fail
+    count_calls([CALL], path, 60, said.append)
+    assert said[2:] == said[:2]
+    count_calls([CALL], path, 0, said.append)
+    assert said[-1] == "the time is up: run the same command to go on"

@@ -277,12 +277,12 @@ def test_a_terminated_study_keeps_what_it_has(tmp_path):
     assert rows and all(why_stale(row) is None for row in rows)
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("8m", 480), ("90s", 90), ("90", 90), ("1h30m", 5400), ("0.5m", 30)])
+@pytest.mark.parametrize(("text", "seconds"), [("8m", 480), ("90s", 90), ("1h30m", 5400), ("0.5m", 30)])
 def test_budgets(text, seconds):
     assert parse_budget(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "8 minutes", "-3m", "0s", "1.2.3m", "m"])
+@pytest.mark.parametrize("text", ["", "soon", "8", "8 minutes", "-3m", "0s", "1.2.3m", "m", "99999h"])
 def test_a_bad_budget_is_one_sentence(text):
     with pytest.raises(StudyError, match="write 8m, 90s or 1h30m"):
         parse_budget(text)
@@ -295,7 +295,9 @@ def test_only_selects_by_whole_words_and_keeps_the_order():
     assert select("cuda", []) == everything
     both = select("cuda", ["mask_bce_loss small", "label_anchors"])
     assert both == [c for c in everything if c in both] and len({c.workload.op for c in both}) == 2
-    with pytest.raises(StudyError, match="no call matches 'roialign'"):
+    with pytest.raises(
+        StudyError, match="no call on a cuda device matches 'roialign'; the words are multiscale_roi_align, forward"
+    ):
         select("cuda", ["roialign"])
 
 
@@ -361,6 +363,20 @@ def test_an_unreadable_result_is_named(tmp_path):
 def test_commands_that_need_a_gpu_say_so(command):
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and done.stderr.startswith("error: no GPU here") and done.stderr.count("\n") == 1
+
+
+def test_a_budget_that_is_too_short_to_begin_says_so(tmp_path):
+    # Not "stopped after 1 s", which sounds as if something had hung.
+    with pytest.raises(StudyError, match="too short: starting up alone took longer"):
+        run_study(tmp_path, "cpu", ONLY, 0.01)
+
+
+def test_status_of_one_folder_and_of_none(tmp_path):
+    # The folder that `study --out` wrote is what people have at hand; a typing error is not "nothing measured".
+    write_study(tmp_path / "h200", [fake_rows(next(calls("cuda")), device="cuda")], H200)
+    assert "NVIDIA H200" in CliRunner().invoke(app, ["status", str(tmp_path / "h200")]).output
+    missing = CliRunner().invoke(app, ["status", str(tmp_path / "h100")])
+    assert missing.exit_code == 2 and "is no folder" in missing.stderr
 
 
 def test_a_bad_option_writes_nothing(tmp_path):
