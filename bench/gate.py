@@ -30,7 +30,7 @@ TOLERANCES = {
 # The deviation's norm over the reference's. A maximum alone does not see that all small gradients are missing.
 NORM_TOLERANCES = {
     "forward": {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 5e-3},
-    "backward": {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2},
+    "backward": {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2},  # the reference adds in bf16
 }
 # Share of the anchors that are no background which are labelled differently. The rules are exact; a compiler that
 # fuses operations moves an IoU across a threshold or a tie.

@@ -109,11 +109,8 @@ def _compiled(call: Callable[..., object]) -> Callable[..., object]:
 
 
 def _torchvision(op: str) -> Provider:
-    import torchvision
-
-    if op == "roi_align":
-        return Provider("torchvision", op, torchvision.ops.roi_align)
     calls = {
+        "roi_align": _tv_roi_align,
         "multiscale_roi_align": _tv_multiscale_roi_align,
         "box_iou": _tv_box_iou,
         "label_anchors": _tv_label_anchors,
@@ -122,19 +119,23 @@ def _torchvision(op: str) -> Provider:
     return Provider("torchvision", op, calls[op], _unpad if op == "label_anchors" else lambda inputs: inputs)
 
 
+def _tv_roi_align(feature: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int) -> Tensor:
+    from torchvision.ops import roi_align
+
+    return roi_align(feature, rois.to(feature.dtype), size, scale, sampling_ratio)  # it wants them in one dtype
+
+
 def _tv_multiscale_roi_align(
     features: list[Tensor], rois: Tensor, size: int, scales: list[float], sampling_ratio: int
 ) -> Tensor:
     """What torchvision's MultiScaleRoIAlign does, in the features' own dtype: a level at a time."""
-    import torchvision
     from torchvision.ops.poolers import LevelMapper
 
     levels = LevelMapper(2, 5)([rois[:, 1:]])
     out = features[0].new_zeros(len(rois), features[0].shape[1], size, size)
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         index = torch.where(levels == level)[0]
-        pooled = torchvision.ops.roi_align(feature, rois[index].to(feature.dtype), size, scale, sampling_ratio)
-        out[index] = pooled
+        out[index] = _tv_roi_align(feature, rois[index], size, scale, sampling_ratio)
     return out
 
 
