@@ -104,10 +104,9 @@ def run_study(
             on_event(f"no roofs: {problem}")
         earlier = _earlier(out, environment)
         number = max(earlier.sessions, default=0) + 1
+        session = _session(number, environment, ceilings, commit)
         with Log(out, earlier) as log:
-            log.write({"kind": "session", **_session(number, environment, ceilings, commit)})
-            study = _Study(device, number, deadline, worker, log, earlier, on_event)
-            return study.run(wanted, environment["versions"])
+            return _Study(device, session, deadline, worker, log, earlier, on_event).run(wanted)
 
 
 @dataclass
@@ -115,15 +114,17 @@ class _Study:
     """The state of one run, from the first call to the last."""
 
     device: str
-    number: int  # of the session
+    session: dict
     deadline: float
     worker: Worker
     log: Log
     earlier: Results
     on_event: Callable[[str], None]
     progress: Progress = field(default_factory=Progress)
+    is_noted: bool = False  # whether the session has its line: it is of no use before it has a call
 
-    def run(self, wanted: list[Call], versions: dict) -> Progress:
+    def run(self, wanted: list[Call]) -> Progress:
+        versions = self.session["environment"]["versions"]
         reasons = {call: why_measure(call, self.earlier, versions) for call in wanted}
         self.progress.kept = [str(call) for call, why in reasons.items() if why is None]
         lacking = [call for call, why in reasons.items() if why == f"missing: {COMPILED}"]
@@ -153,9 +154,15 @@ class _Study:
             return self._lose(call, name, error)
         except WorkerError as error:  # the next call can be measured all the same
             return self._lose(call, name, error)
-        self.log.write({"kind": "call", "session": self.number, "rows": rows})
+        self._write(rows)
         self.progress.measured.append(name)
         return True
+
+    def _write(self, rows: list[dict]) -> None:
+        if not self.is_noted:
+            self.log.write({"kind": "session", **self.session})
+            self.is_noted = True
+        self.log.write({"kind": "call", "session": self.session["session"], "rows": rows})
 
     def _rows(self, call: Call, later: tuple[str, ...], seconds: float) -> list[dict]:
         from .measure import add_floors
@@ -173,10 +180,10 @@ class _Study:
         """Note it in the results too, unless they hold an earlier measurement."""
         from .measure import failed_rows
 
+        in_first_pass = name == str(call)
+        if in_first_pass and call.key not in self.earlier.call_rows():
+            self._write(failed_rows(call, self.device, str(error)))
         self.progress.lost[name] = str(error)
-        if call.key not in self.earlier.call_rows() and name not in self.progress.measured and name == str(call):
-            rows = failed_rows(call, self.device, str(error))
-            self.log.write({"kind": "call", "session": self.number, "rows": rows})
         return False
 
 

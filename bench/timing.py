@@ -8,10 +8,10 @@
 | first_call | wall time of a row's first call: compilation and autotuning, unless an earlier row had done them |
 
 Device times come from a pair of events around the call, and include the microsecond or two between an event and a
-kernel, the same for all providers. Before the first event the device spins for as long as the
-host needs to enqueue the call: the kernels then run back to back, and a slow host is not mistaken for a slow kernel.
-An op that waits for the device inside cannot be enqueued ahead; its device time includes that wait, and the row
-says so (`waits`). On a CPU only `op_eager` exists.
+kernel, the same for all providers. Before the first event the device spins for as long as the host needs to enqueue
+the call: the kernels then run back to back, and a slow host is not mistaken for a slow kernel. An op that waits for
+the device inside cannot be enqueued ahead; its device time includes that wait, and the row says so (`waits`). On a
+CPU only `op_eager` exists.
 """
 
 from __future__ import annotations

@@ -129,6 +129,7 @@ def test_a_call_that_dies_costs_itself_only(fake, tmp_path):
     FakeWorker.asked.clear()
     again = run_study(tmp_path, "cpu", ["box_iou"], 60)
     assert again.measured == ["box_iou backward cpu fp32", "box_iou forward cpu fp32"]
+    assert len(read_results(tmp_path).call_rows()) == 3  # readable: every call has its session
 
 
 def test_a_failure_does_not_replace_a_measurement(fake, tmp_path):
@@ -139,6 +140,8 @@ def test_a_failure_does_not_replace_a_measurement(fake, tmp_path):
     FakeWorker.fail = {"box_iou forward cpu fp32": WorkerError("the process died")}
     assert run_study(tmp_path, "cpu", ["box_iou forward"], 60).lost
     assert read_results(tmp_path).rows == before
+    mixed = run_study(tmp_path, "cpu", ["box_iou"], 60)  # the lost one comes first, and writes nothing
+    assert mixed.lost and mixed.measured and len(read_results(tmp_path).call_rows()) == 3
 
 
 def test_compiling_comes_in_a_second_pass(fake, tmp_path, monkeypatch):
