@@ -73,17 +73,18 @@ def study(
     except (StudyError, WorkerError) as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{out} cannot be written: {error.strerror}.")
+        _fail(f"{error.filename or out}: {error.strerror or error}.")
     except KeyboardInterrupt:
         console.print(f"stopped; what was measured is in {out}: run the same command to go on, or `report` to see it")
         raise typer.Exit(130) from None
     for name, why in progress.lost.items():
         console.print(f"[red]lost[/red] {name}: {why}")
     console.print(
-        f"calls measured: {len(progress.measured)}, still valid from before: {len(progress.kept)}, "
-        f"lost: {len(progress.lost)}, left for the next run: {len(progress.left)}"
+        f"calls measured: {len(progress.measured)}, again with torch.compile: {len(progress.compiled)}, "
+        f"still valid from before: {len(progress.kept)}, lost: {len(progress.lost)}, "
+        f"left for the next run: {len(progress.left)}"
     )
-    if progress.measured or progress.kept:
+    if progress.measured or progress.compiled or progress.kept:
         _report(out, out, markdown=False)
     if progress.lost:
         raise typer.Exit(1)
@@ -167,7 +168,7 @@ def ncu(
     try:
         chosen = select("cuda", only or ["train bf16", "train label_anchors", "train box_iou"])
         count_calls(chosen, out / "ncu.json", parse_budget(budget), console.print)
-    except StudyError as error:
+    except (StudyError, ValueError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{out} cannot be written: {error.strerror}.")

@@ -25,13 +25,15 @@ from mrcnn.visualize import draw_detections, draw_sheet
 from .follow import TOLERANCE, follow, following_table
 from .plots import format_seconds
 from .report import write_report
-from .results import STUDY_FILE, read_results
-from .study import run_study
+from .results import STUDY_FILE, ResultsError, read_results
+from .study import StudyError, run_study
+from .worker import WorkerError
 
 MIN_MASK_AP50 = 0.35
 FOLLOW_STEPS = 20
 MEASURED = ("train bf16", "train label_anchors", "train box_iou")  # on a GPU; on a CPU there is little to measure
 MEASURING = 240.0  # seconds
+NO_GPU = "No GPU: the Triton kernels were checked, not timed. Run the demo on a GPU for the speed-ups."
 SHEET_IMAGES = 6
 SHEET_SCORE = 0.3  # a model of a few minutes is not sure of much
 
@@ -137,14 +139,18 @@ def _measure(output: Path, on_gpu: bool, console: Console) -> bool:
     """
     folder, device = output / "study", "cuda" if on_gpu else "cpu"
     (folder / STUDY_FILE).unlink(missing_ok=True)  # of an earlier demo
-    with console.status("measuring") as status:
-        progress = run_study(folder, device, MEASURED if on_gpu else (), MEASURING, on_event=status.update)
-    table = read_results(folder).table()
+    try:
+        with console.status("measuring") as status:
+            progress = run_study(folder, device, MEASURED if on_gpu else (), MEASURING, on_event=status.update)
+        table = read_results(folder).table()
+    except (StudyError, WorkerError, ResultsError) as error:
+        console.print(_verdict(False, str(error)))
+        return False
     timed = table["median"].notna()
     console.print(f"{timed.sum()} rows measured, {(~timed).sum()} not; the report says why")
     for path in write_report(folder, output / "report")[:2]:
         console.print(f"wrote {path}")
-    console.print(speedup_table(table))
+    console.print(speedup_table(table) if on_gpu else NO_GPU)
     bad = table[(table["status"] == "failed") | ((table["status"] == "red") & (table["provider"] == "triton"))]
     for row in bad.itertuples():
         console.print(_verdict(False, f"{row.op} {row.direction}, {row.workload}, {row.provider}: {row.reason}"))
@@ -153,11 +159,9 @@ def _measure(output: Path, on_gpu: bool, console: Console) -> bool:
     return bad.empty and not progress.lost
 
 
-def speedup_table(results: pd.DataFrame) -> Table | str:
+def speedup_table(results: pd.DataFrame) -> Table:
     """Triton's fastest time of every training workload against torchvision's; the report has all of both."""
     results = results[results["median"].notna()]
-    if not {"triton", "torchvision"} <= set(results["provider"]):
-        return "No GPU: the Triton kernels were checked, not timed. Run the demo on a GPU for the speed-ups."
     table = Table(title="Triton against torchvision")
     for column in ("op", "direction", "workload", "dtype", "Triton", "torchvision", "speed-up"):
         table.add_column(column)

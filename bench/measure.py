@@ -9,10 +9,11 @@ A row is a plain dict, the same in pytest-benchmark's `extra_info`, in a study's
 | status, reason | "ok"; "red": a wrong result; "skipped": cannot run here; "failed": an error. Only "ok" has times |
 | times | {name: [seconds, a sample a round]}; see `timing` |
 | first_call | seconds; compiles what no earlier row of the process has compiled |
-| twin | on one row a call: the times of the same variant measured a second time, for the noise floor |
+| noise | of the call: {name: how far the same variant, measured a second time, was from itself} |
+| twin | on one row a call: the samples of that second time |
 | error, tolerance | the larger of the errors before and after timing, against the reference in float64 |
 | peak_memory_bytes, saved_bytes | a call's peak beyond what was there; what is kept from forward to backward |
-| floor | the fewest bytes and instructions that the call can do with; added by `add_floors` |
+| floor, model | the fewest bytes and instructions that the call can do with, and the hash of how they were counted |
 | waits | whether the host waits for the device inside the call |
 | inputs, sources, method | hashes and version: a result of other inputs, code or method is stale |
 """
@@ -31,8 +32,9 @@ from .floors import floor
 from .gate import Check, Truth, WrongResultError, random_images
 from .inputs import Inputs, overwrite
 from .providers import Variant, get_provider, variants, why_not_here
-from .sources import source_hash
+from .sources import model_hash, source_hash
 from .timing import METHOD, Clock, left_running, make_clock, time_calls
+from .verdicts import noise_floor
 from .workloads import DTYPE_NAMES, Call, Workload
 
 SECONDS = {"cuda": 2.0, "cpu": 0.3}  # of timing, a call and all its providers
@@ -150,7 +152,7 @@ def measure_call(
         contestant = _prepare(row, variant, draws, clock)
         if contestant is not None:
             ready.append((row, contestant))
-    if seconds and ready:
+    if seconds and (ready := _still_ready(ready, clock)):
         _time(ready, clock, seconds)
         _check_again(ready, draws)
     return rows
@@ -158,7 +160,12 @@ def measure_call(
 
 def failed_rows(call: Call, device: str, reason: str) -> list[dict]:
     """The rows of a call that could not be measured at all."""
-    return [{**_blank_row(call, variant, device), "status": "failed", "reason": reason} for variant in variants(call)]
+    rows = []
+    for variant in variants(call):
+        skipped = why_not_here(variant.provider, call, device)
+        outcome = {"status": "skipped", "reason": skipped} if skipped else {"status": "failed", "reason": reason}
+        rows.append(_blank_row(call, variant, device) | outcome)
+    return rows
 
 
 def add_floors(call: Call, rows: list[dict]) -> None:
@@ -166,6 +173,7 @@ def add_floors(call: Call, rows: list[dict]) -> None:
     for row in rows:
         dtype = next(d for d, name in DTYPE_NAMES.items() if name == row["measured_dtype"])
         row["floor"] = _floor(call.workload, call.direction, dtype)
+        row["model"] = model_hash()
 
 
 @functools.cache
@@ -221,21 +229,38 @@ def _failure(error: Exception, provider: str) -> dict:
 
 
 def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) -> None:
-    """Fill in times, memory and waits; a row whose work escapes the clock turns red."""
+    """Fill in times, noise, memory and waits; a row whose work escapes the clock turns red."""
     calls = {str(c.variant): c for _, c in ready}
     baselines = [str(c.variant) for _, c in ready if c.variant.provider != "triton"]
     # The twin stands last: had it stood beside its original, it would always find the caches as that left them.
     times = time_calls({**calls, TWIN: ready[0][1]}, clock, seconds, baselines)
+    original, twin = times[str(ready[0][1].variant)], times[TWIN]
+    noise = {name: noise_floor(original[name], twin[name]) for name in twin}
     for row, contestant in ready:
-        row["times"] = _shortened(times[str(contestant.variant)])
-        row["waits"] = clock.waits(contestant)
-        row["peak_memory_bytes"] = clock.peak_memory(contestant)
+        row.update(times=_shortened(times[str(contestant.variant)]), noise=noise)
+        row.update(waits=clock.waits(contestant), peak_memory_bytes=clock.peak_memory(contestant))
         eager = min(row["times"]["op_eager"])
         repeats = max(1, min(100, int(5e-3 / eager)))
-        left = left_running(contestant, clock, repeats)
-        if left > 5e-4 and left > 0.2 * repeats * eager:
+        limit = max(5e-4, 0.2 * repeats * eager)
+        left = min(left_running(contestant, clock, repeats) for _ in range(3))  # one may be a neighbour's doing
+        if left > limit:
             _turn_red(row, f"the device worked on for {left:.1e} s after the call's stream had finished")
-    ready[0][0][TWIN] = _shortened(times[TWIN])
+    ready[0][0][TWIN] = _shortened(twin)
+
+
+def _still_ready(ready: list[tuple[dict, Contestant]], clock: Clock) -> list[tuple[dict, Contestant]]:
+    """Those that run with all the others' memory in use, too; the rest fail alone."""
+    kept = []
+    for row, contestant in ready:
+        try:
+            contestant()
+            clock.synchronize()
+            kept.append((row, contestant))
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            row.update(_failure(error, contestant.variant.provider))
+    return kept
 
 
 def _check_again(ready: list[tuple[dict, Contestant]], draws: Draws) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,8 +23,11 @@ from .measure import add_floors
 from .providers import Variant, variants
 from .sources import source_hash
 from .study import StudyError
+from .worker import TimeIsUpError
 from .workloads import DTYPE_NAMES, Call
 
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 120.0  # seconds a call
 METRICS = {
     "dram__bytes_read.sum": "dram_read_bytes",
     "dram__bytes_write.sum": "dram_write_bytes",
@@ -64,19 +69,33 @@ def count_calls(calls: list[Call], path: Path, budget: float, on_event: Callable
     from .report import write_whole
 
     deadline = time.monotonic() + budget
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    found = _read(path)
     for call in calls:
         for variant in (v for v in variants(call) if v.provider == "triton"):
             names = {"call": str(call), "variant": str(variant), "sources": source_hash(call.workload.op)}
             left = deadline - time.monotonic()
-            if left <= 0:
-                on_event("the time is up: run the same command to go on")
-                return
             if not any(names.items() <= entry.items() for entry in found):
+                try:
+                    counted = profile_call(call, variant, min(left, LONGEST))
+                except TimeIsUpError:
+                    if left > LONGEST:
+                        on_event(f"{call}, {variant}: ncu took longer than {LONGEST:.0f} s")
+                        continue
+                    on_event("the time is up: run the same command to go on")
+                    return
                 found = [e for e in found if (e["call"], e["variant"]) != (str(call), str(variant))]
-                found.append(names | profile_call(call, variant, left))
+                found.append(names | counted)
                 write_whole(path, json.dumps(found, indent=1).encode())
             on_event(_summary(next(entry for entry in found if names.items() <= entry.items())))
+
+
+def _read(path: Path) -> list[dict]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise StudyError(f"{path} is not valid JSON ({error}): remove it, or give another --out") from None
 
 
 def _summary(entry: dict) -> str:
@@ -94,6 +113,7 @@ def profile_call(call: Call, variant: Variant, seconds: float = 120.0) -> dict:
     ncu flushes the caches before each kernel and leaves the clocks alone.
 
     Raises:
+        TimeIsUpError: it took longer than `seconds`.
         StudyError: ncu is missing, may not read the counters, or printed something else.
     """
     command = [
@@ -101,15 +121,17 @@ def profile_call(call: Call, variant: Variant, seconds: float = 120.0) -> dict:
         "--profile-from-start", "off", "--cache-control", "all", "--clock-control", "none", "--target-processes", "all",
         sys.executable, "-m", "bench.profile_call", str(call), str(variant),
     ]  # fmt: skip
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, cwd=Path(__file__).parents[1], check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise StudyError(f"ncu took longer than {seconds:.0f} s for {call}") from None
-    kernels = list(read_counters(done.stdout))
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=max(seconds, 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # ncu and the Python under it, which holds the GPU
+            raise TimeIsUpError(f"ncu took longer than {seconds:.0f} s for {call}") from None
+    kernels = list(read_counters(output))
     if not kernels:
-        tail = (done.stdout + done.stderr).strip().splitlines()[-3:]
+        tail = output.strip().splitlines()[-3:]
         raise StudyError(f"ncu reported no kernel for {call}: {' '.join(tail)}")
     row = {"measured_dtype": DTYPE_NAMES[variant.dtype]}
     add_floors(call, [row])

@@ -25,6 +25,16 @@ def source_hash(op: str) -> str:
     files = [ROOT / "bench" / "providers.py", *(KERNELS / name for name in SHARED)]
     for folder in FOLDERS[op]:
         files += sorted((KERNELS / folder).glob("*.py"))
+    return _hash(files)
+
+
+@functools.cache
+def model_hash() -> str:
+    """Hash of the code that counts floors: mended, it is applied to old times too."""
+    return _hash([ROOT / "bench" / name for name in ("floors.py", "roi_floors.py")])
+
+
+def _hash(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(ROOT).as_posix()}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .results import STUDY_FILE, EmptyResultsError, Results, ResultsError, read_results, why_stale
+from .sources import source_hash
 from .worker import TimeIsUpError, Worker, WorkerError
 from .workloads import DTYPE_NAMES, Call, calls
 
@@ -40,6 +41,7 @@ class Progress:
     """What a study did."""
 
     measured: list[str] = field(default_factory=list)
+    compiled: list[str] = field(default_factory=list)  # measured once more, with torch.compile
     kept: list[str] = field(default_factory=list)  # measured earlier and still valid
     lost: dict[str, str] = field(default_factory=dict)  # call -> what went wrong
     left: list[str] = field(default_factory=list)  # not done when the time was up
@@ -102,11 +104,13 @@ def run_study(
             raise StudyError(f"a budget of {budget:.0f} s is too short: starting up alone took longer") from None
         if problem:
             on_event(f"no roofs: {problem}")
+            worker.replace()  # whatever went wrong may have broken its CUDA context
         earlier = _earlier(out, environment)
         number = max(earlier.sessions, default=0) + 1
         session = _session(number, environment, ceilings, commit)
         with Log(out, earlier) as log:
-            return _Study(device, session, deadline, worker, log, earlier, on_event).run(wanted)
+            longest = min(LONGEST_CALL, budget / 3)
+            return _Study(device, session, deadline, longest, worker, log, earlier, on_event).run(wanted)
 
 
 @dataclass
@@ -116,29 +120,44 @@ class _Study:
     device: str
     session: dict
     deadline: float
+    longest: float  # seconds for one call
     worker: Worker
     log: Log
     earlier: Results
     on_event: Callable[[str], None]
     progress: Progress = field(default_factory=Progress)
+    rows: dict[tuple, list[dict]] = field(default_factory=dict)  # call -> what there is of it by now
     is_noted: bool = False  # whether the session has its line: it is of no use before it has a call
 
     def run(self, wanted: list[Call]) -> Progress:
         versions = self.session["environment"]["versions"]
+        self.rows = self.earlier.call_rows()
         reasons = {call: why_measure(call, self.earlier, versions) for call in wanted}
         self.progress.kept = [str(call) for call, why in reasons.items() if why is None]
         lacking = [call for call, why in reasons.items() if why == f"missing: {COMPILED}"]
-        first = [call for call, why in reasons.items() if why is not None and call not in lacking]
-        failed = [call for call in first if reasons[call].startswith("failed")]
-        for call in [c for c in first if c not in failed] + failed:  # what failed before may well do so again
-            if self._measure(call, str(call), later=(COMPILED,)) and _compiles(call, self.device):
+        for call in self._hopeless_last([c for c in wanted if reasons[c] is not None and c not in lacking], str):
+            # A call in which something failed may hold a compiled row that did not: it is measured as a whole.
+            whole = reasons[call].startswith("failed") and self._has_compiled(call)
+            done = self._measure(call, str(call), () if whole else (COMPILED,), self.progress.measured)
+            if done and not whole and _compiles(call, self.device):
                 lacking.append(call)
-        for call in wanted:
-            if call in lacking:
-                self._measure(call, f"{call}, with {COMPILED}", later=())
+        for call in self._hopeless_last([call for call in wanted if call in lacking], _with_compiled):
+            self._measure(call, _with_compiled(call), (), self.progress.compiled)
         return self.progress
 
-    def _measure(self, call: Call, name: str, later: tuple[str, ...]) -> bool:
+    def _hopeless_last(self, chosen: list[Call], name: Callable[[Call], str]) -> list[Call]:
+        """What was lost or failed with this very code may well be so again, and cost minutes: it comes last."""
+
+        def is_hopeless(call: Call) -> bool:
+            lost = self.earlier.lost.get(name(call), {}).get("sources") == source_hash(call.workload.op)
+            return lost or any(row["status"] == "failed" for row in self.rows.get(call.key, []))
+
+        return sorted(chosen, key=is_hopeless)
+
+    def _has_compiled(self, call: Call) -> bool:
+        return any(row["provider"] == COMPILED and row["status"] == "ok" for row in self.rows[call.key])
+
+    def _measure(self, call: Call, name: str, later: tuple[str, ...], done: list[str]) -> bool:
         """Whether the call has been measured, and is on disk."""
         left = self.deadline - time.monotonic()
         if left <= 0:
@@ -146,45 +165,64 @@ class _Study:
             return False
         self.on_event(f"{name}  ({left:.0f} s left)")
         try:
-            rows = self._rows(call, later, min(left, LONGEST_CALL))
+            rows = self._result(call, later, min(left, self.longest))
         except TimeIsUpError as error:
-            if left < LONGEST_CALL:  # the study's time, not the call's
+            if left < self.longest:  # the study's time, not the call's
                 self.progress.left.append(name)
-                return False
-            return self._lose(call, name, error)
+            else:
+                self._lose(call, name, error)
+            return False
         except WorkerError as error:  # the next call can be measured all the same
-            return self._lose(call, name, error)
-        self._write(rows)
-        self.progress.measured.append(name)
+            self._lose(call, name, error)
+            return False
+        self._write(call, rows)
+        done.append(name)
         return True
 
-    def _write(self, rows: list[dict]) -> None:
-        if not self.is_noted:
-            self.log.write({"kind": "session", **self.session})
-            self.is_noted = True
-        self.log.write({"kind": "call", "session": self.session["session"], "rows": rows})
-
-    def _rows(self, call: Call, later: tuple[str, ...], seconds: float) -> list[dict]:
+    def _result(self, call: Call, later: tuple[str, ...], seconds: float) -> list[dict]:
         from .measure import add_floors
         from .providers import variants
 
         started = time.monotonic()
         future = self.worker.submit(measure, call, self.device, later)
-        if self.device == "cuda":  # the floors can be counted while the GPU works; a CPU has better things to do
+        if self.device == "cuda":  # the floors are counted while the GPU works; a CPU has better things to do
             add_floors(call, [{"measured_dtype": DTYPE_NAMES[v.dtype]} for v in variants(call)])
         rows = self.worker.result(future, seconds - (time.monotonic() - started))
         add_floors(call, rows)
+        if not later:  # compiled and warm by now: the first call was the first pass's
+            first = {_variant(row): row.get("first_call") for row in self.rows.get(call.key, [])}
+            for row in rows:
+                if row["status"] == "ok" and first.get(_variant(row)):
+                    row["first_call"] = first[_variant(row)]
         return rows
 
-    def _lose(self, call: Call, name: str, error: WorkerError) -> bool:
-        """Note it in the results too, unless they hold an earlier measurement."""
+    def _write(self, call: Call, rows: list[dict]) -> None:
+        self._note_session()
+        self.log.write({"kind": "call", "session": self.session["session"], "rows": rows})
+        self.rows[call.key] = rows
+
+    def _note_session(self) -> None:
+        if not self.is_noted:
+            self.log.write({"kind": "session", **self.session})
+            self.is_noted = True
+
+    def _lose(self, call: Call, name: str, error: WorkerError) -> None:
+        """Note it, and in the rows as well unless they hold a time: a stale one is worth more than a failure."""
         from .measure import failed_rows
 
-        in_first_pass = name == str(call)
-        if in_first_pass and call.key not in self.earlier.call_rows():
-            self._write(failed_rows(call, self.device, str(error)))
         self.progress.lost[name] = str(error)
-        return False
+        if not any("times" in row for row in self.rows.get(call.key, [])):
+            self._write(call, failed_rows(call, self.device, str(error)))
+        self._note_session()
+        self.log.write({"kind": "lost", "name": name, "sources": source_hash(call.workload.op), "reason": str(error)})
+
+
+def _variant(row: dict) -> tuple[str, str, str]:
+    return row["provider"], row["layout"], row["measured_dtype"]
+
+
+def _with_compiled(call: Call) -> str:
+    return f"{call}, with {COMPILED}"
 
 
 def describe(device: str) -> tuple[dict, dict | None, str]:
@@ -227,6 +265,7 @@ class Log:
         lines = [{"kind": "session", **s} for number, s in sorted(earlier.sessions.items()) if number in used]
         for rows in earlier.call_rows().values():
             lines.append({"kind": "call", "session": rows[0]["session"], "rows": rows})
+        lines += earlier.lost.values()
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as self._file:
             for line in lines:
@@ -256,8 +295,10 @@ def _only_one(out: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise StudyError(f"another study is writing to {out}: wait for it, or give another --out.") from None
+        except OSError:
+            pass  # a file system without locks
         try:
             yield
         finally:
@@ -272,7 +313,9 @@ def _earlier(out: Path, environment: dict) -> Results:
     try:
         earlier = read_results(out)
     except EmptyResultsError:  # cut off before the first call was done
-        return Results()
+        if not (text := (out / STUDY_FILE).read_text(encoding="utf-8")) or text.startswith('{"kind":'):
+            return Results()
+        raise StudyError(f"{out / STUDY_FILE} was not written by a study. Give another --out, or remove it.") from None
     except ResultsError as error:
         raise StudyError(f"{error} Give another --out, or remove that file.") from error
     if not all(same_gpu(s["environment"], environment) for s in earlier.sessions.values()):
@@ -318,8 +361,7 @@ def why_measure(call: Call, results: Results, versions: dict | None = None) -> s
     measured_with = results.sessions[rows[0]["session"]]["environment"].get("versions")
     if stale or (versions is not None and measured_with != versions):
         return f"stale: {stale or 'measured with other versions of PyTorch or Triton'}"
-    found = {(row["provider"], row["layout"], row["measured_dtype"]): row for row in rows}
-    if set(found) != variants_of(call):
+    if {_variant(row) for row in rows} != variants_of(call):
         return "stale: the providers changed"
     if failed := next((row["reason"] for row in rows if row["status"] == "failed"), None):
         return f"failed: {failed}"

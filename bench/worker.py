@@ -30,7 +30,7 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
+        self.replace()
         self._caches.cleanup()
 
     def submit(self, function: Callable[..., object], *args: object) -> futures.Future:
@@ -39,7 +39,7 @@ class Worker:
             try:
                 return self._pool.submit(function, *args)
             except futures.process.BrokenProcessPool:  # it died since the last call
-                self._stop()
+                self.replace()
         spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pool = futures.ProcessPoolExecutor(1, spawn, _die_with_parent)
         caches = {v: f"{self._caches.name}/{v}" for v in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
@@ -51,20 +51,21 @@ class Worker:
         try:
             return future.result(timeout=max(seconds, 0))
         except futures.TimeoutError:
-            self._stop()
+            self.replace()
             raise TimeIsUpError(f"stopped after {seconds:.0f} s") from None
         except futures.process.BrokenProcessPool:
-            self._stop()
+            self.replace()
             raise WorkerError("the process died (a broken CUDA context, or out of memory)") from None
         except Exception as error:
-            self._stop()  # an error that `measure_call` lets through is one that poisons the process
+            self.replace()  # an error that `measure_call` lets through is one that poisons the process
             raise WorkerError(f"{type(error).__name__}: {error}".split("\n")[0][:300]) from error
 
     def call(self, function: Callable[..., object], *args: object, seconds: float) -> object:
         """`submit` and `result`."""
         return self.result(self.submit(function, *args), seconds)
 
-    def _stop(self) -> None:
+    def replace(self) -> None:
+        """Stop the process, whatever it is doing; the next function runs in a new one."""
         if self._pool is None:
             return
         for process in list((self._pool._processes or {}).values()):

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 
-from bench.sources import source_hash
+from bench.sources import model_hash, source_hash
 from bench.timing import METHOD
 from bench.workloads import WORKLOADS
 
@@ -38,7 +38,7 @@ def times(milliseconds, name, eager=0.03, device="cuda"):
 
 def row(provider, milliseconds, dtype="fp32", measured=None, *, op="roi_align", direction="forward", workload="train",
         layout="contiguous", device="cuda", eager=0.03, noise=None, **more):  # fmt: skip
-    """A row that is "ok" and fresh; `noise` adds a twin that lies so far from it."""
+    """A row that is "ok" and fresh; `noise` is its call's."""
     made = next(w for w in WORKLOADS if (w.op, w.name) == (op, workload))
     name = f"{provider} {layout} {measured or dtype}"
     found = {
@@ -50,7 +50,9 @@ def row(provider, milliseconds, dtype="fp32", measured=None, *, op="roi_align", 
         "times": times(milliseconds, name, eager, device),
     }  # fmt: skip
     if noise is not None:
-        found["twin"] = {k: [s * (1 + noise) for s in v] for k, v in found["times"].items()}
+        found["noise"] = dict.fromkeys(found["times"], abs(noise))
+    if "floor" in more:
+        found["model"] = model_hash()
     return {**found, **more}
 
 

@@ -95,5 +95,15 @@ def test_counting_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(ncu, "profile_call", None)  # would fail
     count_calls([CALL], path, 60, said.append)
     assert said[2:] == said[:2]
-    count_calls([CALL], path, 0, said.append)
-    assert said[-1] == "the time is up: run the same command to go on"
+    path.write_text("{")
+    with pytest.raises(StudyError, match="not valid JSON"):
+        count_calls([CALL], path, 60, said.append)
+
+
+def test_the_end_of_the_budget_is_no_error(tmp_path, monkeypatch):
+    # And the program that holds the GPU is stopped with ncu.
+    fake_ncu(tmp_path, monkeypatch, output())
+    (tmp_path / "ncu").write_text("#!/bin/sh\nsleep 60\n")
+    said = []
+    count_calls([CALL], tmp_path / "ncu.json", 0.5, said.append)
+    assert said == ["the time is up: run the same command to go on"]

@@ -106,6 +106,13 @@ def test_a_warm_row_cannot_beat_the_cache(tmp_path):
     assert pick(table, "torch")["status"] == "red" and "kernel_warm" in pick(table, "torch")["reason"]
 
 
+def test_a_mended_floor_reaches_old_rows(tmp_path):
+    # Times are dear, floors are not: a better count of the bytes is applied to what was measured before it.
+    old = row("triton", 1.0, floor=FLOOR) | {"model": "an older one"}
+    found = read(tmp_path, [old]).table().iloc[0]
+    assert found["dram_bytes"] != ROOF_BYTES and 4e8 < found["dram_bytes"] < 5e8  # roi_align, train, fp32
+
+
 def test_instructions_alone_turn_nothing_red(tmp_path):
     # A kernel that finds a way to need fewer of them is better than the model, not a cheat.
     clever = row("triton", 1.0, floor={"dram_bytes": 1, "instructions": int(5e9)})

@@ -72,9 +72,10 @@ def fake_rows(call, later=(), **changes):
         row = {"op": workload.op, "direction": call.direction, "workload": workload.name, "dtype": call.dtype_name}
         row |= {"suite": workload.suite, "provider": variant.provider, "layout": variant.layout, "device": "cpu"}
         row |= {"measured_dtype": DTYPE_NAMES[variant.dtype], "status": "ok", "reason": "", "method": METHOD}
-        row |= {"times": {"op_eager": [1.0, 1.0, 1.0]}}
+        row |= {"times": {"op_eager": [1.0, 1.0, 1.0]}, "first_call": 9.0 if later else 0.1}
         if variant.provider in later:
-            row |= {"status": "skipped", "reason": LATER, "times": {}}
+            row |= {"status": "skipped", "reason": LATER}
+            del row["times"], row["first_call"]
         found.append(row | {"inputs": workload.fingerprint, "sources": source_hash(workload.op)} | changes)
     return found
 
@@ -111,6 +112,8 @@ def test_what_changed_is_measured_again(fake, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(*changed)
             assert len(run_study(tmp_path, "cpu", ONLY, 60).measured) == 2, changed
+        run_study(tmp_path, "cpu", ONLY, 60)
+        assert not run_study(tmp_path, "cpu", ONLY, 60).measured  # else the next change would go unnoticed
     assert len(read_results(tmp_path).call_rows()) == 2
     run_study(tmp_path, "cpu", ONLY, 60)
     assert (tmp_path / STUDY_FILE).read_text().count('"kind":"call"') == 2  # what is superseded is gone
@@ -123,7 +126,9 @@ def test_a_call_that_dies_costs_itself_only(fake, tmp_path):
     assert progress.lost == {"box_iou forward cpu fp32": "the process died"}
     assert progress.measured == ["mask_bce_loss forward cpu fp32"]
     rows = [row for row in read_results(tmp_path).rows if row["op"] == "box_iou"]
-    assert {row["status"] for row in rows} == {"failed"} and rows[0]["reason"] == "the process died"
+    by_provider = {row["provider"]: row for row in rows}
+    assert by_provider["torch"]["status"] == "failed" and by_provider["torch"]["reason"] == "the process died"
+    assert by_provider["triton"]["status"] == "skipped"  # it cannot run on a CPU, whatever died
     FakeWorker.fail = {}
     # It is tried again, and last: what failed before may well fail again and cost what is left of the time.
     FakeWorker.asked.clear()
@@ -156,7 +161,9 @@ def test_compiling_comes_in_a_second_pass(fake, tmp_path, monkeypatch):
         "box_iou forward cpu fp32 ()",
         "mask_bce_loss forward cpu fp32 ()",
     ]
-    assert len(progress.measured) == 4
+    assert len(progress.measured) == len(progress.compiled) == 2
+    # By then every kernel is compiled: what a first call costs was seen in the first pass.
+    assert {row["first_call"] for row in read_results(tmp_path).rows if row["provider"] == "torch"} == {9.0}
     call = select("cpu", ["box_iou forward"])[0]
     assert why_measure(call, read_results(tmp_path)) is None
 
@@ -169,6 +176,25 @@ def test_compiling_comes_in_a_second_pass(fake, tmp_path, monkeypatch):
     assert progress.lost == {f"{name}, with torch.compile": "the compiler hangs"}
     assert FakeWorker.asked == [f"{name} ()"]
     assert [row["status"] for row in read_results(tmp_path / "two").rows] == [row["status"] for row in rows]
+    # Next time it comes last: a compiler that hangs must not begin every run.
+    write_more = fake_rows(select("cpu", ["mask_bce_loss forward"])[0], later=("torch.compile",))
+    with (tmp_path / "two" / STUDY_FILE).open("a") as file:
+        file.write(json.dumps({"kind": "call", "session": 1, "rows": write_more}) + "\n")
+    FakeWorker.asked.clear()
+    run_study(tmp_path / "two", "cpu", ["box_iou forward", "mask_bce_loss forward"], 60)
+    assert FakeWorker.asked == ["mask_bce_loss forward cpu fp32 ()", "box_iou forward cpu fp32 ()"]
+    assert "hangs" in (tmp_path / "two" / STUDY_FILE).read_text()
+
+
+def test_a_failed_call_keeps_what_was_compiled(fake, tmp_path, monkeypatch):
+    # Measured again in two passes, its compiled row would be gone until the second one.
+    monkeypatch.setattr(study, "_compiles", lambda call, device: True)
+    call = select("cpu", ["box_iou forward"])[0]
+    rows = fake_rows(call)
+    rows[0] |= {"status": "failed", "reason": "no memory"}
+    write_study(tmp_path, [rows], ENVIRONMENT)
+    run_study(tmp_path, "cpu", ["box_iou forward"], 60)
+    assert FakeWorker.asked == ["box_iou forward cpu fp32 ()"]
 
 
 def test_two_studies_do_not_share_a_folder(fake, tmp_path, monkeypatch):
@@ -186,12 +212,23 @@ def test_two_studies_do_not_share_a_folder(fake, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == [STUDY_FILE]
 
 
-def test_the_budget_ends_a_study_and_loses_nothing(fake, tmp_path):
-    # When the time is up the rest is left for the next run, and so is a call that was cut off by it.
-    FakeWorker.fail = {"box_iou forward cpu fp32": TimeIsUpError("stopped after 3 s")}
-    assert run_study(tmp_path, "cpu", ONLY, 60).left == ["box_iou forward cpu fp32"]
-    FakeWorker.fail = {}
-    assert len(run_study(tmp_path / "none", "cpu", ONLY, 1e-9).left) == 2
+def test_the_budget_ends_a_study_and_loses_nothing(fake, tmp_path, monkeypatch):
+    # When the time is up the rest is left for the next run, and so is a call that was cut off by it. One that takes
+    # more than its share is lost instead, or it would be waited for on every run.
+    now = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: now[0])
+    plain = FakeWorker.result
+
+    def slow(self, future, seconds):
+        now[0] += 45
+        return plain(self, future, seconds)
+
+    monkeypatch.setattr(FakeWorker, "result", slow)
+    FakeWorker.fail = {"mask_bce_loss forward cpu fp32": TimeIsUpError("stopped")}
+    progress = run_study(tmp_path / "cut", "cpu", ["box_iou forward", "mask_bce_loss"], 60)
+    assert progress.measured == ["box_iou forward cpu fp32"] and not progress.lost
+    assert progress.left == ["mask_bce_loss forward cpu fp32", "mask_bce_loss backward cpu fp32"]
+    assert run_study(tmp_path / "hung", "cpu", ["mask_bce_loss forward"], 60).lost
 
 
 def test_results_of_another_machine_are_not_mixed_in(fake, tmp_path):
@@ -206,10 +243,11 @@ def test_results_of_another_machine_are_not_mixed_in(fake, tmp_path):
 
 def test_a_foreign_file_is_not_overwritten(fake, tmp_path):
     # `study.jsonl` may be somebody's own.
-    (tmp_path / STUDY_FILE).write_text("my notes\n")
-    with pytest.raises(StudyError, match="not valid JSON"):
-        run_study(tmp_path, "cpu", ONLY, 60)
-    assert (tmp_path / STUDY_FILE).read_text() == "my notes\n"
+    for notes in ("my notes\n", "my notes without an end"):
+        (tmp_path / STUDY_FILE).write_text(notes)
+        with pytest.raises(StudyError, match=r"not valid JSON|not written by a study"):
+            run_study(tmp_path, "cpu", ONLY, 60)
+        assert (tmp_path / STUDY_FILE).read_text() == notes
 
 
 def test_half_a_line_is_dropped_and_the_rest_kept(fake, tmp_path):

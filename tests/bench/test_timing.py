@@ -126,7 +126,7 @@ def test_dispatch_counts_for_the_caller_only():
 def test_cold_is_really_cold():
     # A published harness was silently warm, and 36 % off. The same sampler, with a flush that flushes nothing, must be
     # quicker on data that fits into L2; twice as large a flush must change nothing, or the first was too small.
-    x, y = (torch.randn(2**20, device="cuda") for _ in range(2))
+    x, y = (torch.randn(2**22, device="cuda") for _ in range(2))
     cold = {}
     for factor in (0, 1, 2):
         clock = CudaClock()
@@ -135,4 +135,4 @@ def test_cold_is_really_cold():
         sample = clock.sampler("kernel_cold", lambda: torch.add(x, 1.0, out=y))
         cold[factor] = median([sample() for _ in range(101)])
     assert cold[1] > 1.3 * cold[0]
-    assert cold[2] == pytest.approx(cold[1], rel=0.05)
+    assert cold[2] == pytest.approx(cold[1], rel=0.1)
