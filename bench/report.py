@@ -53,9 +53,9 @@ ROW_NOTE = (
     "what a caller waits for, dispatch included; first_call: with compilation and autotuning. Medians; quartiles and "
     "ratios are those of the main time, the first column. vs best, vs same dtype: time of the best baseline, in any "
     "dtype or in the row's, over the row's time. Error: largest deviation from the PyTorch reference in float64, over "
-    "its largest value (for anchor labels: the share that differs). Peak memory: what a call allocates beyond what was "
-    "there; saved: what is kept from forward to backward. Where a row waits for the device, the host stops inside the "
-    "call."
+    "its largest value (for anchor labels: the share that differs of those that are no background). Peak memory: what "
+    "a call allocates beyond what was there; saved: what is kept from forward to backward. Where a row waits for the "
+    "device, the host stops inside the call."
 )
 PLOT_NOTE = (
     "Each provider in its quickest layout and dtype, on log scales. Lines run from the 25 % to the 75 % quantile, the "
