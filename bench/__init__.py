@@ -9,10 +9,10 @@ through them:
 - `gate`: no time without a correct result
 - `timing`: device events and wall clock, in interleaved rounds
 - `measure`: one call with all its providers, from the gate to rows; `floors` counts what it cannot do without
-- `study` and `test_ops` (with `conftest` and `recording`): who calls `measure`, and where the rows go
+- `study` (with `worker`) and `test_ops` (with `conftest` and `recording`): who calls `measure`, and where the rows go
 - `results`: rows to a table, with `verdicts`, the roof (`floors`, `ceilings`) and what is stale (`sources`)
 - `report`, `plots`, `tables`, `status`: the table for people
 
-Apart from these: `resources` reads what the compilers make of the kernels, without a GPU; `ncu` what a GPU's counters
-say; `follow` and `demo` train with the kernels beside the reference.
+Apart from these: `resources` reads what the compilers make of the kernels, without a GPU; `ncu` (with
+`profile_call`) what a GPU's counters say; `follow` and `demo` train with the kernels beside the reference.
 """

@@ -60,13 +60,14 @@ def study(
     import torch
     from rich.console import Console
 
+    from .environment import NO_GPU
     from .study import StudyError, parse_budget, run_study
     from .worker import WorkerError
 
     console = Console(highlight=False, soft_wrap=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        console.print("no GPU: small workloads, CPU providers only; these times say nothing about the Triton kernels")
+        console.print(NO_GPU)
     try:
         with _sigterm_interrupts():
             progress = run_study(out, device, only or (), parse_budget(budget), commit, console.print)
@@ -168,7 +169,7 @@ def ncu(
     try:
         chosen = select("cuda", only or ["train bf16", "train label_anchors", "train box_iou"])
         count_calls(chosen, out / "ncu.json", parse_budget(budget), console.print)
-    except (StudyError, ValueError) as error:
+    except StudyError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{out} cannot be written: {error.strerror}.")

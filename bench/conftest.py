@@ -7,13 +7,12 @@ import shlex
 import pytest
 import torch
 
-from bench.environment import describe_environment, has_uncommitted_files, same_gpu
+from bench.environment import NO_GPU, describe_environment, has_uncommitted_files, same_gpu
 from bench.recording import ROW
 from bench.results import MAIN_TIME
 from bench.timing import TIMES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NO_GPU = "no GPU: small workloads, CPU providers only; these times say nothing about the Triton kernels"
 _GAPS: pytest.StashKey[list[dict]] = pytest.StashKey()
 _CEILINGS: pytest.StashKey[dict | None] = pytest.StashKey()
 

@@ -13,6 +13,8 @@ import torch
 
 from .timing import CPU_THREADS
 
+NO_GPU = "no GPU: small workloads, CPU providers only; these times say nothing about the Triton kernels"
+
 
 def describe_environment() -> dict[str, object]:
     """GPU, driver, package versions and TRITON_* settings, as plain JSON values."""

@@ -107,7 +107,7 @@ def _summary(entry: dict) -> str:
     )
 
 
-def profile_call(call: Call, variant: Variant, seconds: float = 120.0) -> dict:
+def profile_call(call: Call, variant: Variant, seconds: float = LONGEST) -> dict:
     """Counters of every kernel of one call, and the call's floor.
 
     ncu flushes the caches before each kernel and leaves the clocks alone.

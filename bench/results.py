@@ -174,7 +174,7 @@ def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[
     """The lines of one call: ratios are between rows that were measured together."""
     roofs = [_roofs(row, ceilings) for row in rows]
     rows = [_refuse_above_roof(row, found) for row, found in zip(rows, roofs, strict=True)]
-    timed = [r for r in rows if r["status"] == "ok" and time in r.get("times", {})]
+    timed = [row for row in rows if _samples(row, time)]
     noise = next((row["noise"][time] for row in rows if time in row.get("noise", {})), np.nan)
     baselines = [r for r in timed if r["provider"] != "triton"]
     best = min(baselines, key=lambda r: np.median(r["times"][time]), default=None)
@@ -185,8 +185,7 @@ def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[
             line[name] = row.get(name)
         line["first_call"] = row.get("first_call", np.nan) if row["status"] == "ok" else np.nan
         for name in TIMES["cuda"]:
-            samples = row.get("times", {}).get(name) if row["status"] == "ok" else None
-            line[name] = np.median(samples) if samples else np.nan
+            line[name] = np.median(_samples(row, name)) if _samples(row, name) else np.nan
         line |= _quantiles(row, time) | _ratios(row, time, best, baselines, noise) | found
         yield line
 
@@ -201,15 +200,20 @@ def _refuse_above_roof(row: dict, found: dict) -> dict:
     return {**{k: v for k, v in row.items() if k not in ("times", "twin")}, "status": "red", "reason": reason}
 
 
+def _samples(row: dict, time: str) -> list[float]:
+    """Those of a row that is "ok": whatever else the file holds has no time."""
+    return row.get("times", {}).get(time, []) if row["status"] == "ok" else []
+
+
 def _quantiles(row: dict, time: str) -> dict:
-    samples = row.get("times", {}).get(time) if row["status"] == "ok" else None
+    samples = _samples(row, time)
     low, median, high = np.quantile(samples, [0.25, 0.5, 0.75]) if samples else [np.nan] * 3
-    return {"median": median, "q25": low, "q75": high, "samples": len(samples or [])}
+    return {"median": median, "q25": low, "q75": high, "samples": len(samples)}
 
 
 def _ratios(row: dict, time: str, best: dict | None, baselines: list[dict], noise: float) -> dict:
     """Against the best baseline in any dtype, and against the best one in the row's own dtype."""
-    if row["status"] != "ok" or best is None or time not in row.get("times", {}):
+    if best is None or not _samples(row, time):
         empty = dict.fromkeys(("best_median", "ratio", "low", "high", "ratio_same_dtype"), np.nan)
         return {"best_baseline": None, "best_waits": False, "verdict": None, **empty}
     ours, theirs = row["times"][time], best["times"][time]
@@ -235,15 +239,15 @@ def _roofs(row: dict, ceilings: dict | None) -> dict:
     found["byte_shares"] = {}
     if not (floor and ceilings):
         return found
-    limits, times = Ceilings.from_dict(ceilings), row.get("times", {}) if row["status"] == "ok" else {}
+    limits = Ceilings.from_dict(ceilings)
     found["roof"], found["bound"] = roof(floor, limits, cold=True)
     bytes_alone = replace(floor, instructions=0)
     for name in ("kernel_cold", "kernel_warm"):
-        if name in times:
+        if samples := _samples(row, name):
             least, _ = roof(bytes_alone, limits, cold=name == "kernel_cold")
-            found["byte_shares"][name] = least / np.median(times[name])
-    if "kernel_cold" in times:
-        found["roof_share"] = found["roof"] / np.median(times["kernel_cold"])
+            found["byte_shares"][name] = least / np.median(samples)
+    if samples := _samples(row, "kernel_cold"):
+        found["roof_share"] = found["roof"] / np.median(samples)
     return found
 
 
