@@ -1,16 +1,28 @@
 """Detection ops as Triton kernels, each beside its plain PyTorch reference.
 
-    from kernels import roi_align, multiscale_roi_align, box_iou, label_anchors, mask_bce_loss, use_backend
+    from kernels import roi_align, multiscale_roi_align, box_iou, label_anchors, nms_mask, mask_bce_loss, use_backend
 
 The folder has no imports from outside but torch (triton and torchvision where they are installed) and uses
 relative imports only, so a project can copy it under another name. Every op takes
 `backend="auto" | "triton" | "torch" | "torchvision"`; see `backend.py`.
+
+Under `torch.autocast` every op gives, on every backend, the bits and the dtype that it gives without:
+
+| op | takes | computes in | returns |
+| --- | --- | --- | --- |
+| `roi_align`, `multiscale_roi_align` | features of any floating dtype | fp32 coordinates and sums | their dtype |
+| `box_iou` | boxes of any floating dtype | fp32 | fp32 |
+| `label_anchors`, `nms_mask` | fp32 boxes only: a half type is a TypeError | fp32 | integers; bool |
+| `mask_bce_loss` | logits of any floating dtype | fp32 | fp32 |
+
+For fp64 inputs, where they are taken, fp64 stands for fp32.
 """
 
 from .backend import BACKENDS, choose_backend, use_backend
 from .box_iou import box_iou
 from .label_anchors import label_anchors
 from .mask_bce_loss import mask_bce_loss
+from .nms_mask import nms_mask
 from .roi_align import multiscale_roi_align, roi_align
 from .runtime import HAS_TRITON, INTERPRETED, launch_counts
 
@@ -24,6 +36,7 @@ __all__ = [
     "launch_counts",
     "mask_bce_loss",
     "multiscale_roi_align",
+    "nms_mask",
     "roi_align",
     "use_backend",
 ]

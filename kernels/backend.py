@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,9 @@ from .runtime import HAS_TRITON, INTERPRETED, is_recording
 BACKENDS = ("auto", "triton", "torch", "torchvision")
 """`auto` picks one; `triton` are this project's kernels; `torch` is the plain PyTorch reference; `torchvision`
 is torchvision's own op, or, where it has none, the way its detection models compute the same thing."""
+
+# Looked up once: torch.compile, which traces the choice of a backend, cannot trace the search for a package.
+_HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
 _default = "auto"
 
@@ -48,10 +50,10 @@ def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch", on_gpu: 
     backend = _default if backend == "auto" else backend
     if backend == "auto":
         chosen = on_gpu if tensor.is_cuda and HAS_TRITON and not INTERPRETED else on_cpu
-        return chosen if chosen != "torchvision" or _has_torchvision() else "torch"
+        return chosen if chosen != "torchvision" or _HAS_TORCHVISION else "torch"
     if backend == "triton":
         _check_triton(tensor.device)
-    if backend == "torchvision" and not _has_torchvision():
+    if backend == "torchvision" and not _HAS_TORCHVISION:
         raise RuntimeError("backend='torchvision' needs the torchvision package, which is not installed")
     return backend
 
@@ -73,8 +75,3 @@ def _check_triton(device: torch.device) -> None:
             f"the Triton kernels need CUDA tensors, these are on {device}; to run the kernels on a CPU "
             "(slowly, for tests) set TRITON_INTERPRET=1 before Python starts"
         )
-
-
-@functools.cache
-def _has_torchvision() -> bool:
-    return importlib.util.find_spec("torchvision") is not None

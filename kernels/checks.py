@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .runtime import is_recording
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,9 +40,10 @@ def check_indices(indices: Tensor, end: int, name: str) -> None:
     """Raise IndexError for an index outside [0, end), on the CPU only.
 
     On a GPU the check would stop the device; there the kernels never address outside their tensors, and each op's
-    docstring says what an index out of range gives.
+    docstring says what an index out of range gives. Nor are the indices looked at while launches are recorded: nothing
+    will read them, and CPU tensors then stand for a GPU's.
     """
-    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling():
+    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling() or is_recording():
         return
     low, high = indices.min().item(), indices.max().item()
     if not (low >= 0 and high < end):  # written so that NaN fails

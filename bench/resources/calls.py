@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import box_iou, label_anchors, mask_bce_loss, multiscale_roi_align, roi_align
+from kernels import box_iou, label_anchors, mask_bce_loss, multiscale_roi_align, nms_mask, roi_align
 
 IMAGES, CHANNELS, CLASSES, ANCHORS, OBJECTS, ROIS = 2, 256, 81, 268_569, 100, 2000
 PYRAMID = ((200, 336), (100, 168), (50, 84), (25, 42))  # of 800 x 1344 pixels
@@ -44,9 +44,15 @@ def op_calls() -> Iterator[Call]:
         yield _pool("roi_align", dtype, layout, 7, sampling)
     for dtype in (FP32, BF16, FP64):
         yield Call(f"box_iou {NAMES[dtype]}", lambda dtype=dtype: _iou(dtype))
-    for low_quality in (True, False):
-        name = "label_anchors" if low_quality else "label_anchors without low-quality matches"
-        yield Call(name, lambda low_quality=low_quality: _label(low_quality))
+    for name, options in (
+        ("label_anchors", {}),
+        ("label_anchors without low-quality matches", {"allow_low_quality_matches": False}),
+        ("label_anchors low_inclusive require_overlap", {"low_inclusive": True, "require_overlap": True}),
+    ):
+        yield Call(name, lambda options=options: _label(**options))
+    # Five levels of 16 images in training, of one at inference; groups as small as the highest level's; the most.
+    for groups, n in ((80, 2000), (5, 1000), (5, 200), (5, 4096)):
+        yield Call(f"nms_mask {groups} x {n}", lambda groups=groups, n=n: _nms(groups, n))
     for dtype, layout, targets in (
         (BF16, "nchw", FP32),
         (BF16, "channels_last", FP32),
@@ -64,18 +70,13 @@ def _pool(op: str, dtype: torch.dtype, layout: str, size: int, sampling: int) ->
         rois = torch.empty(16 * IMAGES, 5, dtype=FP64 if dtype == FP64 else FP32)
         if op == "roi_align":
             leaves = [_leaf((IMAGES, CHANNELS, *PYRAMID[2]), dtype, layout)]
-            out = roi_align(leaves[0], _in_batch(rois), size, SCALES[2], sampling, backend="triton")
+            out = roi_align(leaves[0], rois, size, SCALES[2], sampling, backend="triton")
         else:
             leaves = [_leaf((IMAGES, CHANNELS, *extent), dtype, layout) for extent in PYRAMID]
-            out = multiscale_roi_align(leaves, _in_batch(rois), size, SCALES, sampling, backend="triton")
+            out = multiscale_roi_align(leaves, rois, size, SCALES, sampling, backend="triton")
         _backward(out, leaves)
 
     return Call(name, run)
-
-
-def _in_batch(rois: Tensor) -> Tensor:
-    """With batch indices that exist: the op looks at them before it launches."""
-    return rois.fill_(0)
 
 
 def _iou(dtype: torch.dtype) -> None:
@@ -83,9 +84,13 @@ def _iou(dtype: torch.dtype) -> None:
     _backward(box_iou(*leaves, backend="triton"), leaves)
 
 
-def _label(low_quality: bool) -> None:
+def _label(**options: bool) -> None:
     objects, count = torch.empty(IMAGES, OBJECTS, 4), torch.zeros(IMAGES, dtype=torch.int32)
-    label_anchors(torch.empty(ANCHORS, 4), objects, count, allow_low_quality_matches=low_quality, backend="triton")
+    label_anchors(torch.empty(ANCHORS, 4), objects, count, **options, backend="triton")
+
+
+def _nms(groups: int, n: int) -> None:
+    nms_mask(torch.empty(groups, n, 4), torch.empty(groups, n, dtype=torch.bool), 0.7, backend="triton")
 
 
 def _mask(dtype: torch.dtype, layout: str, targets: torch.dtype) -> None:

@@ -23,9 +23,10 @@ compare-and-swap loop, or is inexact where results have to be exact. Register co
 - Occupancy is theoretical: the part of a processor's warps that registers and shared memory leave room for. Nothing
   here is a time.
 - Calls have the sizes of a training step: 256 channels, 800 x 1344 pixels, 81 classes. `7x7 2x2` is 7 x 7 bins of 2 x 2
-  samples; with `adaptive` the kernel counts its samples. `label_anchors` is fp32.
+  samples; with `adaptive` the kernel counts its samples. `label_anchors` and `nms_mask` are fp32; `80 x 2000` is 80
+  groups of 2000 boxes.
 - A tile is what one program computes: BINS output bins, C channels, N x M pairs of boxes, A anchors, G objects, BLOCK
-  pixels of a mask.
+  pixels of a mask, or boxes of a group.
 - Registers and stack are a thread's. Spills count `LDL` and `STL` instructions on NVIDIA, spilled VGPRs on AMD; the
   bytes behind them are the thread's stack. Shared memory is in bytes a block. Instructions are those in the binary,
   on every path, not those executed.

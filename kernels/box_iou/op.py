@@ -14,6 +14,8 @@ from . import reference
 def box_iou(boxes1: Tensor, boxes2: Tensor, *, backend: str = "auto") -> Tensor:
     """Intersection over union of every pair of boxes; `torchvision.ops.box_iou`, also in batches.
 
+    Autocast changes nothing: fp32 is computed and returned, whatever it says.
+
     Args:
         boxes1: [N, 4] or [B, N, 4] xyxy boxes, fp16, bf16, fp32 or fp64.
         boxes2: [M, 4] or [B, M, 4], of the same dtype.
@@ -88,7 +90,7 @@ def _backward(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor,
 
 @_backward.register_fake
 def _(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(boxes1), torch.empty_like(boxes2)
+    return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)  # contiguous, whatever the boxes are
 
 
 def _gradient(grad_iou: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:

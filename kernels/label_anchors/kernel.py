@@ -69,6 +69,8 @@ def label_anchors_kernel(
     high_threshold,
     low_threshold,
     LOW_QUALITY: tl.constexpr,
+    LOW_INCLUSIVE: tl.constexpr,
+    REQUIRE_OVERLAP: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     """Labels BLOCK_A anchors of one image, holding their best GT in registers while the GTs go by."""
@@ -91,9 +93,13 @@ def label_anchors_kernel(
         best = tl.where(better, iou, best)
         matched = tl.where(better, g, matched)
         if LOW_QUALITY:
-            claimed |= (iou == tl.load(best_of_gt_ptr + image * num_gt + g)).to(tl.int32)
+            best_of_gt = tl.load(best_of_gt_ptr + image * num_gt + g)
+            if REQUIRE_OVERLAP:
+                best_of_gt = tl.where(best_of_gt > 0, best_of_gt, -1.0)  # no IoU is -1: claims nothing
+            claimed |= (iou == best_of_gt).to(tl.int32)
 
-    labels = tl.where(best >= high_threshold, 1, tl.where(best >= low_threshold, -1, 0))
+    above_low = (best > low_threshold) if LOW_INCLUSIVE else (best >= low_threshold)
+    labels = tl.where(best >= high_threshold, 1, tl.where(above_low, -1, 0))
     labels = tl.where(claimed != 0, 1, labels)
     out = image * num_anchors + anchor
     tl.store(labels_ptr + out, labels.to(tl.int8), inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ def label_anchors(
     low_threshold: float = 0.3,
     allow_low_quality_matches: bool = True,
     *,
+    low_inclusive: bool = False,
+    require_overlap: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Label anchors against each image's objects, bit-equal to torchvision's box_iou + Matcher.
@@ -26,10 +29,10 @@ def label_anchors(
     An anchor is positive where its best IoU is at least `high_threshold`, background where it is below
     `low_threshold`, else ignored. With `allow_low_quality_matches` every anchor whose IoU with some object
     *equals* that object's best one is positive too, matched to its own best object. Torchvision's edges hold: an
-    object that overlaps no anchor at all makes every anchor positive; IoU 0/0 counts as positive; ties go to the
-    first object.
+    object that overlaps no anchor at all makes every anchor positive (unless `require_overlap`); IoU 0/0 counts as
+    positive; ties go to the first object. Thresholds are rounded to fp32, as PyTorch does to compare.
 
-    The Triton kernels never form the [A, G] matrix.
+    The Triton kernels never form the [A, G] matrix. Autocast changes nothing: fp32 in, fp32 computed.
 
     Args:
         anchors: [A, 4] fp32 xyxy, shared by the images.
@@ -37,6 +40,10 @@ def label_anchors(
             anchor positive).
         gt_count: [B] integers: slots 0..count-1 hold boxes. Clamped to G.
         high_threshold, low_threshold: with low <= high.
+        low_inclusive: an IoU of exactly `low_threshold` is background, not ignored (some implementations write
+            "IoU <= 0.3"); where both thresholds are one number it is positive either way.
+        require_overlap: the low-quality rule holds only for objects whose best IoU is above 0, as in NVIDIA's Mask
+            R-CNN of DeepLearningExamples; torchvision and detectron2 do without.
         backend: see `BACKENDS`. On a CPU "auto" is the PyTorch reference.
 
     Returns:
@@ -66,6 +73,8 @@ def label_anchors(
         float(high_threshold),
         float(low_threshold),
         allow_low_quality_matches,
+        low_inclusive,
+        require_overlap,
     )
     if backend == "triton":
         return _label(*arguments)
@@ -75,13 +84,23 @@ def label_anchors(
 
 
 def _torchvision(
-    anchors: Tensor, gt_boxes: Tensor, gt_count: Tensor, high: float, low: float, low_quality: bool
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_count: Tensor,
+    high: float,
+    low: float,
+    low_quality: bool,
+    low_inclusive: bool,
+    require_overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     """The way torchvision's RPN does it: an image at a time, the whole matrix, then Matcher."""
     from torchvision.models.detection._utils import Matcher
     from torchvision.ops import box_iou
 
-    matcher = Matcher(high, low, allow_low_quality_matches=low_quality)
+    if low_inclusive:  # Matcher's background is `iou < low`, in fp32: the next number lets `low` itself in
+        low = min(float(np.nextafter(np.float32(low), np.float32(np.inf))), high)
+    matcher = Matcher(high, low, allow_low_quality_matches=low_quality and not require_overlap)
+    claimer = Matcher(high, low, allow_low_quality_matches=True)
     labels = torch.zeros(len(gt_boxes), len(anchors), dtype=torch.int8, device=anchors.device)
     matched_idx = torch.zeros_like(labels, dtype=torch.int32)
     for i, (boxes, count) in enumerate(zip(gt_boxes, gt_count.tolist(), strict=True)):
@@ -92,6 +111,10 @@ def _torchvision(
         iou = box_iou(boxes[finite], anchors)
         match = matcher(iou)
         labels[i] = torch.where(match >= 0, 1, torch.where(match == Matcher.BETWEEN_THRESHOLDS, -1, 0)).to(torch.int8)
+        if low_quality and require_overlap:
+            overlapping = iou[iou.amax(dim=1) > 0]
+            if len(overlapping) > 0:
+                labels[i][claimer(overlapping) >= 0] = 1
         matched_idx[i] = finite[iou.max(dim=0).indices].to(torch.int32)  # Matcher forgets it where not positive
     return labels, matched_idx
 
@@ -104,14 +127,17 @@ def _label(
     high_threshold: float,
     low_threshold: float,
     low_quality: bool,
+    low_inclusive: bool,
+    require_overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     from .kernel import best_iou_of_gt_kernel, label_anchors_kernel
 
     anchors, gt_boxes = anchors.contiguous(), gt_boxes.contiguous()
     gt_count = gt_count.to(torch.int32).contiguous()
-    labels, matched_idx = _label_fake(anchors, gt_boxes, gt_count, high_threshold, low_threshold, low_quality)
     batch, num_gt = gt_boxes.shape[:2]
     num_anchors = len(anchors)
+    labels = anchors.new_empty(batch, num_anchors, dtype=torch.int8)
+    matched_idx = anchors.new_empty(batch, num_anchors, dtype=torch.int32)
 
     best_of_gt = gt_boxes.new_empty(batch, num_gt)
     if low_quality and num_gt > 0 and num_anchors > 0:
@@ -130,7 +156,8 @@ def _label(
     launch(
         label_anchors_kernel, (-(-num_anchors // block_a), batch), anchors, gt_boxes, gt_count, best_of_gt,
         labels, matched_idx, num_anchors, num_gt, high_threshold, low_threshold,
-        LOW_QUALITY=low_quality, BLOCK_A=block_a, device=anchors.device,
+        LOW_QUALITY=low_quality, LOW_INCLUSIVE=low_inclusive, REQUIRE_OVERLAP=require_overlap and low_quality,
+        BLOCK_A=block_a, device=anchors.device,
     )  # fmt: skip
     return labels, matched_idx
 
@@ -143,6 +170,8 @@ def _label_fake(
     high_threshold: float,
     low_threshold: float,
     low_quality: bool,
+    low_inclusive: bool,
+    require_overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (gt_boxes.shape[0], anchors.shape[0])
     return anchors.new_empty(shape, dtype=torch.int8), anchors.new_empty(shape, dtype=torch.int32)

@@ -13,12 +13,12 @@ def label_anchors(
     high_threshold: float,
     low_threshold: float,
     allow_low_quality_matches: bool,
+    low_inclusive: bool,
+    require_overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `op.label_anchors`; box_iou followed by the rules of torchvision's Matcher."""
-    results = [
-        _label_image(anchors, boxes, count, high_threshold, low_threshold, allow_low_quality_matches)
-        for boxes, count in zip(gt_boxes, gt_count, strict=True)
-    ]
+    options = (high_threshold, low_threshold, allow_low_quality_matches, low_inclusive, require_overlap)
+    results = [_label_image(anchors, boxes, count, *options) for boxes, count in zip(gt_boxes, gt_count, strict=True)]
     if not results:
         empty = torch.empty(0, len(anchors), device=anchors.device)
         return empty.to(torch.int8), empty.to(torch.int32)
@@ -27,7 +27,14 @@ def label_anchors(
 
 
 def _label_image(
-    anchors: Tensor, gt_boxes: Tensor, count: Tensor, high: float, low: float, low_quality: bool
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    count: Tensor,
+    high: float,
+    low: float,
+    low_quality: bool,
+    low_inclusive: bool,
+    require_overlap: bool,
 ) -> tuple[Tensor, Tensor]:
     slot = torch.arange(len(gt_boxes), device=gt_boxes.device)
     is_object = (slot < count) & gt_boxes.isfinite().all(dim=1)
@@ -35,10 +42,13 @@ def _label_image(
     iou = torch.where(is_object[:, None], box_iou(gt_boxes, anchors), -1.0)
     iou = torch.cat([iou, iou.new_full((1, len(anchors)), -1.0)])  # so that G = 0 has a maximum too
     best, matched_idx = iou.max(dim=0)
-    labels = torch.where(best >= low, -1, 0)
-    labels[(best >= high) | best.isnan()] = 1  # NaN (0/0) compares false with both thresholds in Matcher: positive
+    labels = torch.where(best > low if low_inclusive else best >= low, -1, 0)
+    labels.masked_fill_(
+        (best >= high) | best.isnan(), 1
+    )  # NaN (0/0) compares false with both thresholds in Matcher: positive
     if low_quality and len(anchors) > 0:
         best_of_gt = iou[:-1].max(dim=1, keepdim=True).values
-        labels[((iou[:-1] == best_of_gt) & is_object[:, None]).any(dim=0)] = 1
+        claims = is_object[:, None] & (best_of_gt > 0) if require_overlap else is_object[:, None]
+        labels.masked_fill_(((iou[:-1] == best_of_gt) & claims).any(dim=0), 1)
     matched_idx = torch.where(best == -1, 0, matched_idx)
     return labels.to(torch.int8), matched_idx.to(torch.int32)

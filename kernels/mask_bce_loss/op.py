@@ -33,7 +33,7 @@ def mask_bce_loss(
         backend: see `BACKENDS`. "torchvision" is its way of computing this, which is also the reference's.
 
     Returns:
-        Scalar loss, fp32 (fp64 for fp64 logits). Sums are fp32 (fp64).
+        Scalar loss, fp32 (fp64 for fp64 logits). Sums are fp32 (fp64). Autocast changes nothing.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.

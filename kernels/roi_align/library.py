@@ -68,9 +68,7 @@ def roi_align_forward(
 
     channels_last = is_channels_last(features)
     features = [f.contiguous(memory_format=memory_format(channels_last)) for f in features]
-    out = _fake_forward(
-        features, rois, pooled_height, pooled_width, scales, sampling_ratio, aligned, canonical_scale, canonical_level
-    )
+    out = _empty_output(features, rois, pooled_height, pooled_width, channels_last)
     constants = _constants(out.shape, channels_last, scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     launch(
         roi_align_forward_kernel,
@@ -99,8 +97,13 @@ def _fake_forward(
     canonical_scale: int,
     canonical_level: int,
 ) -> Tensor:
-    shape = (rois.shape[0], features[0].shape[1], pooled_height, pooled_width)
-    layout = memory_format(is_channels_last(features))
+    return _empty_output(features, rois, pooled_height, pooled_width, is_channels_last(features))
+
+
+def _empty_output(features: Sequence[Tensor], rois: Tensor, height: int, width: int, channels_last: bool) -> Tensor:
+    # The layout is given: asked again of copied features, maps of 1 x 1 cell would call themselves channels_last.
+    shape = (rois.shape[0], features[0].shape[1], height, width)
+    layout = memory_format(channels_last)
     return torch.empty(shape, dtype=features[0].dtype, device=features[0].device, memory_format=layout)
 
 

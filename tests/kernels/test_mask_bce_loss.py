@@ -148,14 +148,6 @@ def test_label_out_of_range(device):
         mask_bce_loss(logits.cpu(), labels.cpu(), targets.cpu())
 
 
-def test_opcheck(device):
-    logits, labels, targets = inputs(device=device)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op._rows, (logits, labels, targets), test_utils=checks)
-    grad = torch.ones(len(labels), device=device)
-    torch.library.opcheck(op._rows_backward, (grad, logits.detach(), labels, targets), test_utils=checks)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -1,0 +1,285 @@
+"""What PyTorch relies on to trace, compile and autocast the ops, checked for every op."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from forbid_sync import forbid_sync
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from kernels import box_iou, label_anchors, mask_bce_loss, multiscale_roi_align, nms_mask, roi_align, use_backend
+from kernels.box_iou import op as iou
+from kernels.label_anchors import op as labels
+from kernels.mask_bce_loss import op as mask
+from kernels.nms_mask import op as nms
+from kernels.roi_align import library as roi
+from kernels.runtime import record_launches
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SCALES = [1 / 4, 1 / 8]
+
+
+def boxes(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    corner = torch.rand(*shape, 2) * 20
+    return torch.cat([corner, corner + 1 + torch.rand(*shape, 2) * 20], dim=-1).to(dtype)
+
+
+def maps(dtype: torch.dtype = FP32, channels_last: bool = False) -> list[Tensor]:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return [torch.randn(2, 3, side, side).to(dtype).contiguous(memory_format=layout) for side in (8, 4)]
+
+
+def rois(number: int = 3, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.cat([torch.arange(number)[:, None] % 2, boxes(number)], dim=1).to(dtype)
+
+
+def masks(dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(3, 2, 4, 4).to(dtype), torch.tensor([1, -1, 0]), torch.rand(3, 4, 4)
+
+
+def to(device: torch.device, value: object) -> object:
+    """`value`, a tensor or a list or tuple of anything, on `device`."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(to(device, v) for v in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+LEVELS = (2, 2, SCALES, 2, False, 224, 4)
+ODD = (2, 3, [0.25], 0, True, 224, 4)  # one map, adaptive, bins that are not square
+GRAD = torch.ones(3, 3, 2, 2)
+COUNT = torch.tensor([3, 1])
+
+
+def _operators() -> list:
+    """(name, op, arguments): each op forward and backward, with a half type, fp64, channels_last and strides."""
+    z, classes, targets = masks()
+    return [
+        ("roi_align", roi.roi_align_forward, (maps(), rois(), *LEVELS)),
+        ("roi_align channels_last", roi.roi_align_forward, (maps(FP32, True), rois(), *LEVELS)),
+        ("roi_align fp16", roi.roi_align_forward, (maps(FP16, True)[:1], rois(), *ODD)),
+        ("roi_align fp64 strided", roi.roi_align_forward, ([maps(FP64)[0][:, :, ::2]], rois(3, FP64), *ODD)),
+        # Once copied, such a map is contiguous in both layouts.
+        ("roi_align of 1 x 1 cell", roi.roi_align_forward, ([maps()[0][:, ::2, :1, :1]], rois(), *ODD)),
+        ("roi_align_backward", roi.roi_align_backward, (GRAD, rois(), 2, [8, 8, 4, 4], False, *LEVELS[2:])),
+        (
+            "roi_align_backward fp16 channels_last",
+            roi.roi_align_backward,
+            (GRAD.half(), rois(), 2, [8, 8, 4, 4], True, *LEVELS[2:]),
+        ),
+        ("box_iou", iou._forward, (boxes(2, 3), boxes(2, 4))),
+        ("box_iou bf16", iou._forward, (boxes(2, 3, dtype=BF16), boxes(2, 4, dtype=BF16))),
+        ("box_iou_backward", iou._backward, (torch.ones(2, 3, 4), boxes(2, 3), boxes(2, 4))),
+        (
+            "box_iou_backward of transposed boxes",
+            iou._backward,
+            (torch.ones(2, 3, 4), boxes(3, 2).transpose(0, 1), boxes(2, 4)),
+        ),
+        ("label_anchors", labels._label, (boxes(5), boxes(2, 3), COUNT.int(), 0.7, 0.3, True, False, False)),
+        ("label_anchors flags", labels._label, (boxes(5), boxes(2, 3), COUNT, 0.7, 0.3, True, True, True)),
+        ("nms_mask", nms._nms, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
+        ("nms_mask strided", nms._nms, (boxes(5, 2).transpose(0, 1), (torch.rand(5, 2) < 0.8).T, 0.5)),
+        ("nms_mask reference", nms._opaque_reference, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
+        ("mask_bce_rows", mask._rows, (z, classes, targets)),
+        (
+            "mask_bce_rows fp16 channels_last",
+            mask._rows,
+            (z.half().contiguous(memory_format=torch.channels_last), classes, targets > 0.5),
+        ),
+        ("mask_bce_rows_backward", mask._rows_backward, (torch.ones(3), z, classes, targets)),
+        (
+            "mask_bce_rows_backward channels_last",
+            mask._rows_backward,
+            (torch.ones(3), z.contiguous(memory_format=torch.channels_last), classes, targets),
+        ),
+    ]
+
+
+OPERATORS = _operators()
+
+
+@pytest.mark.parametrize(("op", "arguments"), [o[1:] for o in OPERATORS], ids=[o[0] for o in OPERATORS])
+def test_opcheck(op, arguments, device):
+    # The schema tells the truth, and the fake results have the real ones' shapes, dtypes and strides: what Dynamo, AOT
+    # autograd and Inductor build on. With gradients where the op has them.
+    arguments = to(device, copy.deepcopy(arguments))
+    if op in (roi.roi_align_forward, iou._forward, mask._rows):
+        leaves = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
+        for leaf in leaves:
+            leaf.requires_grad_()
+    torch.library.opcheck(op, arguments)
+
+
+def test_every_registered_op_is_checked():
+    # One that is registered and not in the list above would be checked by nobody.
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("kernels::")}
+    assert registered == {op._qualname for _, op, _ in OPERATORS}
+
+
+# Without the reference of NMS, which is an op for the sake of torch.compile on a CPU: it looks whether it is done.
+BODIES = [o for o in OPERATORS if o[1] is not nms._opaque_reference]
+
+
+@pytest.mark.parametrize(("op", "arguments"), [o[1:] for o in BODIES], ids=[o[0] for o in BODIES])
+def test_bodies_never_wait_for_the_device(op, arguments, device):
+    # On a GPU the host would idle, and a CUDA graph could not be captured. Fake tensors and dispatch modes do not look
+    # inside a custom op, so its body is called itself; nothing is launched, since the interpreter does wait.
+    arguments = to(device, arguments)
+    with forbid_sync(), record_launches() as launches:
+        op._init_fn(*arguments)
+    assert launches
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a public op: `run(*inputs, backend=...)`."""
+
+    run: Callable[..., Tensor | tuple[Tensor, ...]]
+    inputs: tuple[Tensor, ...]
+    leaves: int  # the first so many inputs have a gradient
+    operators: tuple[str, ...]  # the custom ops behind it
+
+
+POOL = ("roi_align_forward", "roi_align_backward")
+CALLS = {
+    "roi_align": Call(
+        lambda x, r, **k: roi_align(x, r, 2, 0.25, 2, **k), (maps(channels_last=True)[0], rois()), 1, POOL
+    ),
+    "roi_align of lists": Call(
+        lambda x, a, b, **k: roi_align(x, [a, b], (2, 3), 0.25, 2, True, **k), (maps()[0], boxes(2), boxes(1)), 1, POOL
+    ),
+    "multiscale_roi_align": Call(
+        lambda a, b, r, **k: multiscale_roi_align([a, b], r, 2, SCALES, canonical_scale=56, **k),
+        (*maps(BF16, True), rois()),
+        2,
+        POOL,
+    ),
+    "box_iou": Call(lambda a, b, **k: box_iou(a, b, **k), (boxes(3), boxes(4)), 2, ("box_iou", "box_iou_backward")),
+    "box_iou in batches": Call(
+        lambda a, b, **k: box_iou(a, b, **k),
+        (boxes(2, 3, dtype=FP16), boxes(2, 4, dtype=FP16)),
+        2,
+        ("box_iou", "box_iou_backward"),
+    ),
+    "label_anchors": Call(
+        lambda a, g, c, **k: label_anchors(a, g, c, low_inclusive=True, require_overlap=True, **k),
+        (boxes(9), boxes(2, 3), COUNT),
+        0,
+        ("label_anchors",),
+    ),
+    "nms_mask": Call(
+        lambda b, v, **k: nms_mask(b, v, 0.3, **k), (boxes(2, 6), torch.rand(2, 6) < 0.8), 0, ("nms_mask",)
+    ),
+    "mask_bce_loss": Call(
+        lambda z, c, t, w, **k: mask_bce_loss(z, c, t, w, **k),
+        (*masks(BF16), torch.rand(3)),
+        1,
+        ("mask_bce_rows", "mask_bce_rows_backward"),
+    ),
+}
+
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def run(
+    call: Call, device: torch.device, backend: str, function: Callable | None = None, autocast: bool = False
+) -> list[Tensor]:
+    """The call's results, and the gradients of its leaves, by `function` instead of the op itself; the forward under
+    autocast, the backward without, as PyTorch wants it."""
+    inputs = [i.detach().to(device).requires_grad_(n < call.leaves) for n, i in enumerate(call.inputs)]
+    with torch.autocast(device.type, BF16, enabled=autocast):
+        assert (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).dtype == (BF16 if autocast else FP32)
+        out = (function or call.run)(*inputs, backend=backend)
+    outs = list(out) if isinstance(out, tuple) else [out]
+    if call.leaves:
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.rand(out.shape, generator=generator).to(out)
+        outs += torch.autograd.grad((out * weight).sum(), inputs[: call.leaves])
+    return outs
+
+
+def assert_same(call: Call, ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """To the last bit, dtypes and strides included; only a GPU's atomics, which add in any order, need not repeat."""
+    atomics = call.operators is POOL and theirs[0].is_cuda
+    for mine, other in zip(ours, theirs, strict=True):
+        tolerance = {} if atomics else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(mine, other, **tolerance, equal_nan=True, check_stride=True)
+
+
+class Recorder:
+    """A compiler that runs graphs as they are, and remembers which ops are in them."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.backend = aot_autograd(fw_compiler=self.compile, bw_compiler=self.compile)
+
+    def compile(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        """Called by AOT autograd with each graph, forward and backward."""
+        self.seen |= {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+        return make_boxed_func(graph.forward)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    torch.compiler.reset()
+    yield Recorder()
+    torch.compiler.reset()
+
+
+@each_call
+@pytest.mark.parametrize("how", ["triton", "use_backend"])
+def test_compiles_into_one_graph(call, how, recorder, device):
+    # A training step is to be one graph: no break in the checks or in the choice of a backend, the op itself a node of
+    # it, and the same results and gradients.
+    expected = run(call, device, "triton")
+    compiled = torch.compile(call.run, fullgraph=True, backend=recorder.backend)
+    if how == "triton":
+        ours = run(call, device, "triton", compiled)
+    else:
+        with use_backend("triton"):
+            ours = run(call, device, "auto", compiled)
+    assert_same(call, ours, expected)
+    assert {name for name in recorder.seen if name.startswith("kernels.")} == {
+        f"kernels.{name}.default" for name in call.operators
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "multiscale_roi_align"])
+def test_auto_on_a_cpu_compiles_into_one_graph(name, recorder):
+    # The choice that "auto" makes there must not break the graph either. (torchvision's way of pooling on several
+    # levels, which is left out, does: it asks which RoIs are on which.)
+    call = CALLS[name]
+    cpu = torch.device("cpu")
+    expected = run(call, cpu, "auto")
+    compiled = torch.compile(call.run, fullgraph=True, backend=recorder.backend)
+    assert_same(call, run(call, cpu, "auto", compiled), expected)
+
+
+@each_call
+def test_calls_never_wait_for_the_device(call, device):
+    # The whole public op, forward and backward: nothing around the custom op waits either.
+    with forbid_sync(), record_launches() as launches:
+        run(call, device, "triton")
+    assert len(launches) >= len(call.operators)
+
+
+@each_call
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "torchvision"])
+def test_autocast_changes_nothing(call, backend, device):
+    # Each op chooses its precision from its inputs alone.
+    assert_same(call, run(call, device, backend, autocast=True), run(call, device, backend))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_half_boxes_are_no_labels(dtype, autocast, device):
+    # fp16 is half a pixel coarse at 512: boxes that reach these two ops in half have lost what they decide by. Autocast
+    # does not make them welcome.
+    with torch.autocast(device.type, BF16, enabled=autocast):
+        with pytest.raises(TypeError, match="must be float32"):
+            label_anchors(boxes(3).to(device), boxes(1, 2, dtype=dtype).to(device), COUNT[:1].to(device))
+        with pytest.raises(TypeError, match="must be float32"):
+            nms_mask(boxes(1, 2, dtype=dtype).to(device), torch.ones(1, 2, dtype=torch.bool, device=device), 0.5)
