@@ -46,7 +46,7 @@ def demo_config(on_gpu: bool) -> Config:
     full = CONFIGS["torchvision"]
     return Config(
         name="demo",
-        model=dataclasses.replace(full.model, norm="gn", canonical_scale=224),
+        model=dataclasses.replace(full.model, weights="", norm="gn", frozen_stages=0),
         data=dataclasses.replace(full.data, image_size=512, max_size=512),
         train=dataclasses.replace(tiny.train, steps=400, batch_size=16, lr=2e-4, workers=8, log_every=25),
     )
@@ -98,9 +98,9 @@ def _train(config: Config, size: int, output: Path, device: torch.device, consol
 def _follow(checkpoint: Checkpoint, size: int, device: torch.device, console: Console) -> bool:
     """Twenty steps from the trained weights, on one image of few RoIs: the interpreter is slow."""
     model = copy.deepcopy(checkpoint.model)
-    few = {} if device.type == "cuda" else {"roi_samples": 16, "post_nms_top_n": (50, 50)}
+    few = {} if device.type == "cuda" else {"roi_samples": 16, "pre_nms_top_n": (40, 40), "post_nms_top_n": (50, 50)}
     # A low canonical scale spreads the shapes over three levels of the pyramid.
-    model.config = dataclasses.replace(model.config, canonical_scale=size // 3, **few)
+    model.configure(canonical_scale=size // 3, **few)
     dataset = ShapesDataset(FOLLOW_STEPS, size, seed=7)
     collate = Collate(dataset.max_objects)
     batches = [collate([dataset[i]]).to(device) for i in range(len(dataset))]

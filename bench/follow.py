@@ -21,6 +21,7 @@ KERNELS = {
     "multiscale_roi_align": ("roi_align_forward_kernel", "roi_align_backward_kernel"),
     "box_iou": ("box_iou_kernel",),
     "label_anchors": ("best_iou_of_gt_kernel", "label_anchors_kernel"),
+    "nms_mask": ("nms_mask_kernel",),
     "mask_bce_loss": ("mask_bce_forward_kernel", "mask_bce_backward_kernel"),
 }
 """The kernels that a training step launches. Boxes need no gradient in training, so box_iou's backward is not
@@ -123,7 +124,7 @@ def _compare(seen: Following, ours: MaskRCNN, reference: MaskRCNN, ours_losses: 
 def _number_of_anchors(model: MaskRCNN, batch: Batch) -> int:
     with torch.no_grad():
         features = model.fpn(model.backbone(model.normalize(batch.images, batch.sizes)))
-        return len(model.anchors(features, batch.images)[0])
+        return len(model.anchors(features, tuple(batch.images.shape[-2:]))[0])
 
 
 @contextmanager
@@ -131,11 +132,11 @@ def _watch_pooling(seen: Following) -> Iterator[None]:
     """Note how many RoIs are pooled, and from how many levels."""
     pool = roi_heads.multiscale_roi_align
 
-    def watched(features, rois, size, scales, ratio, canonical_scale):  # noqa: ANN001
+    def watched(features, rois, size, scales, *args):  # noqa: ANN001
         real = rois[rois[:, 3] > rois[:, 1]]  # not the empty slots
         seen.rois.append(len(real))
-        seen.levels.append(len(assign_levels(real, level_thresholds(scales, canonical_scale, 4)).unique()))
-        return pool(features, rois, size, scales, ratio, canonical_scale=canonical_scale)
+        seen.levels.append(len(assign_levels(real, level_thresholds(scales, args[-1], 4)).unique()))
+        return pool(features, rois, size, scales, *args)
 
     roi_heads.multiscale_roi_align = watched
     try:

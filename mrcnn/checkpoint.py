@@ -26,6 +26,7 @@ class Checkpoint:
     class_names: list[str]  # class_names[0] is the background
     category_ids: list[int]  # COCO category of each class
     step: int
+    training: dict[str, Any] | None = None  # what it takes to go on: see resume.py; None in a checkpoint to use
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -34,7 +35,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: the file cannot be written.
     """
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "config": dataclasses.asdict(checkpoint.config),
         "class_names": list(checkpoint.class_names),
@@ -42,6 +43,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "model": checkpoint.model.state_dict(),
     }
+    if checkpoint.training is not None:
+        content["training"] = checkpoint.training
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -55,8 +58,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", training: bool = False) -> Checkpoint:
     """Read a checkpoint written by `save_checkpoint`, with its model in evaluation mode on `device`.
+
+    `training` keeps what the checkpoint has for resuming its run, twice the size of the weights, on the CPU. Weights
+    are never downloaded here, whatever the configuration's `model.weights` says.
 
     The file is read with `weights_only=True`: it can hold tensors and plain values, not code.
 
@@ -76,7 +82,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     except (KeyError, TypeError, ConfigError, RuntimeError, ValueError, AttributeError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:2])
         raise CheckpointError(f"{path} is a damaged checkpoint or one of another version: {reason}") from None
-    return Checkpoint(model.to(device).eval(), config, names, ids, step)
+    return Checkpoint(model.to(device).eval(), config, names, ids, step, content.get("training") if training else None)
 
 
 def _read(path: Path) -> dict[str, Any]:

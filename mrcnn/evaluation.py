@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torchvision.ops import box_convert
 
-from .data.coco import mask_api, segmentation_to_rle
+from .data.rle import mask_api, masks_to_rle, segmentation_to_rle
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -71,7 +70,8 @@ def detections_to_coco(image_id: int, detections: dict, category_ids: Sequence[i
     Args:
         image_id: COCO image id.
         detections: `boxes` `[n, 4]` xyxy in pixels of the original image, `labels` `[n]`, `scores` `[n]` and,
-            optionally, `masks` bool `[n, H, W]` at the size of the original image; tensors on any device.
+            optionally, `masks` at the size of the original image: bool `[n, H, W]` or n RLE dictionaries; tensors on
+            any device.
         category_ids: label -> COCO category id.
 
     Returns:
@@ -83,11 +83,10 @@ def detections_to_coco(image_id: int, detections: dict, category_ids: Sequence[i
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for label, box, score in zip(labels, boxes.tolist(), scores, strict=True)
     ]
-    if entries and detections.get("masks") is not None:
-        masks = detections["masks"].detach().cpu().numpy().astype(np.uint8)
-        rles = mask_api().encode(np.asfortranarray(masks.transpose(1, 2, 0)))
-        for entry, rle in zip(entries, rles, strict=True):
-            entry["segmentation"] = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    masks = detections.get("masks")
+    if entries and masks is not None:
+        for entry, rle in zip(entries, masks if isinstance(masks, list) else masks_to_rle(masks), strict=True):
+            entry["segmentation"] = rle
     return entries
 
 

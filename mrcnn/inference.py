@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +26,19 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def detect(model: MaskRCNN, batch: Batch) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(image id, boxes, labels, scores and full-size bool masks on the original image, on the CPU) of each image."""
+def detect(model: MaskRCNN, batch: Batch, rle: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(image id, boxes, labels, scores and masks on the original image, on the CPU) of each image.
+
+    Masks are bool [n, H, W], or with `rle` n COCO RLE dictionaries, which takes the memory of one mask instead of n.
+    """
     device = next(model.parameters()).device
     batch = batch.to(device, non_blocking=True)
     with autocast(device):
         found = model(batch.images, batch.sizes)
     for i, detections in enumerate(found):
         size = tuple(batch.sizes[i].tolist())
-        result = detections.on_original(size, batch.original_sizes[i])
-        yield batch.image_ids[i], {name: value.cpu() for name, value in result.items()}
+        result = detections.on_original(size, batch.original_sizes[i], rle=rle)
+        yield batch.image_ids[i], {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
 
 
 def evaluation_loader(dataset: Dataset, config: Config) -> DataLoader:
@@ -68,7 +72,7 @@ def evaluate(
     try:
         with torch.random.fork_rng(devices=[]):  # so that evaluating does not change the training that follows
             for batch in evaluation_loader(dataset, config):
-                for image_id, detections in detect(model, batch):
+                for image_id, detections in detect(model, batch, rle=True):
                     results += detections_to_coco(image_id, detections, dataset.category_ids)
                 on_batch(len(batch.image_ids))
     finally:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import DataError
+from .rle import mask_api, segmentation_to_rle
 
 NO_AREA, BAD_BOX = "box without area", "malformed box"
 EMPTY, MALFORMED = "empty segmentation", "malformed segmentation"
@@ -33,9 +33,6 @@ _PLURALS = {NO_AREA: "boxes without area", BAD_BOX: "malformed boxes"}
 # What Pillow's decoders are known to raise on damaged files, beside OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _DECODE_ERRORS += (Image.DecompressionBombError,)
-
-# A polygon is rasterised with memory proportional to its perimeter: bound it, also for damaged files.
-_MAX_COORDINATE = 1e6
 
 
 class _UnusableError(Exception):
@@ -53,56 +50,6 @@ class _Record:
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     counts: list[bytes] = field(default_factory=list)
-
-
-def mask_api() -> ModuleType:
-    """Import `faster_coco_eval.core.mask`, which encodes and decodes COCO's run-length masks.
-
-    Raises:
-        ImportError: the package is not installed; the message says how to install it.
-    """
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError as error:
-        message = "COCO masks and metrics need the package faster-coco-eval: pip install faster-coco-eval"
-        raise ImportError(message) from error
-    return mask
-
-
-def segmentation_to_rle(segmentation: list | dict, height: int, width: int) -> dict:
-    """Convert any of COCO's three segmentation forms to one compressed RLE.
-
-    Args:
-        segmentation: a list of polygons `[x0, y0, x1, y1, ...]` in pixels, whose union is the object (parts
-            with fewer than three points are left out), or an RLE dict with `size` `[height, width]` and
-            `counts` as a list of run lengths or as COCO's compressed string.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-
-    Returns:
-        `{"size": [height, width], "counts": bytes}`.
-
-    Raises:
-        ValueError: the segmentation is malformed or does not fit an image of this size.
-    """
-    api = mask_api()
-    if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        if list(segmentation.get("size", ())) != [height, width]:
-            raise ValueError(f"the RLE is not of size {[height, width]}")
-        if isinstance(counts, list):
-            return api.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-        counts = counts.encode() if isinstance(counts, str) else counts
-        if not isinstance(counts, bytes):
-            raise ValueError("the RLE has no counts")
-        return {"size": [height, width], "counts": counts}
-    if not isinstance(segmentation, list):
-        raise ValueError("neither polygons nor an RLE")
-    # The API would read a "polygon" of four numbers as a box, as COCO's own does.
-    parts = [part for part in segmentation if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
-    if not parts or not all(_is_number(v) and abs(v) < _MAX_COORDINATE for part in parts for v in part):
-        raise ValueError("no polygon with three points or more")
-    return api.merge(api.frPyObjects(parts, height, width))
 
 
 class CocoDataset(Dataset):
@@ -251,10 +198,6 @@ class CocoDataset(Dataset):
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plural(noun: str, count: int) -> str:

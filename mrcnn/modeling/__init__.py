@@ -1,4 +1,4 @@
-"""The network, stage by stage: backbone, fpn, rpn, proposals, heads, losses, detections."""
+"""The network, stage by stage: backbone, fpn, anchors, rpn, roi_heads, heads, mask_losses, detections."""
 
 from .mask_rcnn import MaskRCNN
 

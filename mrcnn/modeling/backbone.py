@@ -1,39 +1,58 @@
-"""ResNet (arXiv:1512.03385) giving C2..C5, and the feature pyramid (arXiv:1612.03144) giving P2..P6."""
+"""ResNet (arXiv:1512.03385) giving C2..C5."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable
 
-import torch.nn.functional as F
+import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+from ..errors import ConfigError
+
+NORMS: dict[str, Callable[[int], nn.Module] | None] = {
+    "none": None,
     "bn": nn.BatchNorm2d,
     "frozen_bn": FrozenBatchNorm2d,
+    "sync_bn": nn.SyncBatchNorm,
     "gn": functools.partial(nn.GroupNorm, 32),
 }
-BACKBONES = ("resnet18", "resnet50")
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet without its classifier."""
+    """torchvision's ResNet without its classifier.
 
-    def __init__(self, name: str, norm: str) -> None:
+    Args:
+        name: resnet18, resnet34, resnet50 or resnet101.
+        norm: bn, frozen_bn (constant statistics and scale), sync_bn (statistics over all processes) or gn (32 groups).
+        frozen_stages: how many of the stem, C2, C3, C4 and C5 are not trained. Their batch norm keeps its running
+            statistics, too.
+    """
+
+    def __init__(self, name: str, norm: str, frozen_stages: int = 0) -> None:
         super().__init__()
-        if name not in BACKBONES:
-            raise ValueError(f"unknown backbone {name!r}; choose one of {', '.join(BACKBONES)}")
-        if norm not in NORMS:
-            raise ValueError(f"unknown norm {norm!r}; choose one of {', '.join(NORMS)}")
+        self.name = name
         net = getattr(torchvision.models, name)(weights=None, norm_layer=NORMS[norm])
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self.out_channels = [net.fc.in_features // 2**i for i in (3, 2, 1, 0)]
+        self.frozen = [self.stem, *self.stages][:frozen_stages]
+        for stage in self.frozen:
+            stage.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ResNet:
+        """Like any module's, but the frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for stage in self.frozen:
+            stage.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] -> C2..C5, [B, c_l, H / 2**l, W / 2**l] for l = 2..5."""
+        """[B, 3, H, W] -> C2..C5, [B, c_l, H / 2**l, W / 2**l] for l = 2..5 (rounded up)."""
         x = self.stem(images)
         features = []
         for stage in self.stages:
@@ -42,22 +61,41 @@ class ResNet(nn.Module):
         return features
 
 
-class FPN(nn.Module):
-    """Lateral 1x1 convolutions, a top-down path of nearest-neighbour upsampling, a 3x3 convolution on every level."""
+# torchvision's names of a ResNet's parts and ours.
+STAGES = {"conv1": "stem.0", "bn1": "stem.1", **{f"layer{i + 1}": f"stages.{i}" for i in range(4)}}
 
-    def __init__(self, in_channels: Sequence[int], channels: int) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        for conv in [*self.lateral, *self.output]:
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """C2..C5 -> P2..P6, all with the same number of channels; P6 is every second cell of P5."""
-        laterals = [conv(c) for conv, c in zip(self.lateral, features, strict=True)]
-        merged = [laterals[-1]]
-        for lateral in reversed(laterals[:-1]):
-            merged.insert(0, lateral + F.interpolate(merged[0], size=lateral.shape[-2:], mode="nearest"))
-        pyramid = [conv(m) for conv, m in zip(self.output, merged, strict=True)]
-        return [*pyramid, F.max_pool2d(pyramid[-1], kernel_size=1, stride=2)]
+def load_pretrained(backbone: ResNet, weights: str) -> None:
+    """Fill `backbone` with torchvision's classification weights of that name, e.g. "DEFAULT" or "IMAGENET1K_V1".
+
+    Files come from torch.hub's cache, else from the network.
+
+    Raises:
+        ConfigError: torchvision has no such weights, they cannot be downloaded, or the backbone's norm has no place
+            for them.
+    """
+    known = get_model_weights(backbone.name)
+    if weights not in known.__members__:
+        names = ", ".join(known.__members__)
+        raise ConfigError(f"torchvision has no weights {weights!r} for {backbone.name}; choose one of {names}")
+    entry = known[weights]
+    try:
+        state = entry.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:  # URLError is one
+        raise ConfigError(
+            f"cannot download {entry.url} ({getattr(error, 'reason', error)}): put the file into "
+            f"{torch.hub.get_dir()}/checkpoints, or train from scratch with model.weights='', model.frozen_stages=0 "
+            "and a norm that learns (bn, gn)"
+        ) from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"the file of {entry.url} in {torch.hub.get_dir()}/checkpoints is damaged ({str(error).splitlines()[0]}): "
+            "delete it, and it is downloaded again"
+        ) from None
+    parts = ((*key.partition("."), value) for key, value in state.items())
+    renamed = {f"{STAGES[part]}.{rest}": value for part, _, rest, value in parts if part in STAGES}
+    missing, unexpected = backbone.load_state_dict(renamed, strict=False)
+    # FrozenBatchNorm2d does not count batches.
+    lost = [key for key in [*missing, *unexpected] if not key.endswith("num_batches_tracked")]
+    if lost:
+        raise ConfigError(f"the weights {weights} do not fit this backbone (its norm?): {', '.join(lost[:3])}, ...")

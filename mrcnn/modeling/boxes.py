@@ -1,38 +1,13 @@
-"""Box arithmetic in fp32: anchors of a pyramid, deltas between boxes, clipping."""
+"""Box arithmetic in fp32: deltas between boxes, clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000.0 / 16)  # a box grows at most 62.5-fold: exp() of a bad dw or dh must not overflow
-
-
-def cell_anchors(size: int, aspect_ratios: Sequence[float]) -> Tensor:
-    """Anchors of one cell centred on 0, rounded to whole pixels as torchvision does: [ratios, 4] xyxy."""
-    root = torch.sqrt(torch.tensor(aspect_ratios, dtype=torch.float32))
-    half = torch.stack([size / root, size * root], dim=1) / 2
-    return torch.cat([-half, half], dim=1).round()
-
-
-def grid_anchors(grid_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int], cells: Sequence[Tensor]) -> Tensor:
-    """Anchors of all levels, [A, 4] xyxy in pixels, ordered by (level, y, x, anchor of the cell).
-
-    `grid_sizes` are the levels' (H_l, W_l), `image_size` the padded image's (H, W), `cells` the cell anchors of each
-    level, on the device where the result is wanted.
-    """
-    levels = []
-    for (height, width), cell in zip(grid_sizes, cells, strict=True):
-        stride_y, stride_x = image_size[0] // height, image_size[1] // width
-        y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride_y
-        x = torch.arange(width, device=cell.device, dtype=torch.float32) * stride_x
-        y, x = torch.meshgrid(y, x, indexing="ij")
-        shifts = torch.stack([x, y, x, y], dim=-1)
-        levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
-    return torch.cat(levels)
 
 
 def encode(boxes: Tensor, references: Tensor, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:

@@ -4,41 +4,61 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from ..config import ModelConfig
+from .backbone import NORMS
+
+
+def conv_layers(channels: int, hidden: int, layers: int, norm: str) -> nn.Sequential:
+    """`layers` 3x3 convolutions, each with its norm and a ReLU."""
+    inputs = [channels, *[hidden] * (layers - 1)] if layers else []
+    convs = nn.Sequential(*(Conv2dNormActivation(c, hidden, 3, norm_layer=NORMS[norm]) for c in inputs))
+    init_relu(convs)
+    return convs
+
+
+def init_relu(module: nn.Module) -> None:
+    """He initialisation of the convolutions inside `module`, biases 0 (arXiv:1502.01852)."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class BoxHead(nn.Module):
-    """Two fully connected layers, then class logits and class-specific deltas."""
+    """Convolutions, if any, fully connected layers, then class logits and class-specific deltas."""
 
-    def __init__(self, channels: int, pool_size: int, hidden: int, num_classes: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.fc6 = nn.Linear(channels * pool_size**2, hidden)
-        self.fc7 = nn.Linear(hidden, hidden)
-        self.classes = nn.Linear(hidden, num_classes)
-        self.deltas = nn.Linear(hidden, num_classes * 4)
+        channels, hidden = config.fpn_channels, config.box_channels
+        self.convs = conv_layers(channels, channels, config.box_conv_layers, config.head_norm)
+        inputs = [channels * config.box_pool_size**2, *[hidden] * (config.box_fc_layers - 1)]
+        self.fcs = nn.ModuleList(nn.Linear(n, hidden) for n in inputs)
+        self.classes = nn.Linear(hidden, config.num_classes)
+        self.deltas = nn.Linear(hidden, config.num_classes * 4)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """[K, C, 7, 7] -> class logits [K, classes] and deltas [K, classes, 4], fp32."""
-        x = F.relu(self.fc6(pooled.flatten(1)))
-        x = F.relu(self.fc7(x))
+        """[N, C, 7, 7] -> class logits [N, K] and deltas [N, K, 4], fp32; K counts the background, class 0."""
+        x = self.convs(pooled).flatten(1)
+        for fc in self.fcs:
+            x = F.relu(fc(x))
         return self.classes(x).float(), self.deltas(x).float().unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Module):
-    """Four 3x3 convolutions, a 2x2 deconvolution, one logit a class and pixel."""
+    """3x3 convolutions, a 2x2 deconvolution, one logit a class and pixel."""
 
-    def __init__(self, channels: int, hidden: int, layers: int, num_classes: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        inputs = [channels, *[hidden] * (layers - 1)]
-        self.convs = nn.ModuleList(nn.Conv2d(c, hidden, 3, padding=1) for c in inputs)
+        hidden = config.mask_channels
+        self.convs = conv_layers(config.fpn_channels, hidden, config.mask_layers, config.head_norm)
         self.deconv = nn.ConvTranspose2d(hidden, hidden, 2, stride=2)
-        self.logits = nn.Conv2d(hidden, num_classes, 1)
-        for conv in [*self.convs, self.deconv, self.logits]:
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+        self.logits = nn.Conv2d(hidden, config.num_classes, 1)
+        init_relu(self.deconv)
+        init_relu(self.logits)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """[K, C, 14, 14] -> logits [K, classes, 28, 28]."""
-        x = pooled
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        return self.logits(F.relu(self.deconv(x)))
+        """[N, C, 14, 14] -> logits [N, K, 28, 28]; K counts the background, whose channel mask_loss=canvas needs."""
+        return self.logits(F.relu(self.deconv(self.convs(pooled))))

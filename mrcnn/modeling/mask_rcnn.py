@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +12,52 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..structures import Targets
-from .backbone import FPN, ResNet
-from .boxes import cell_anchors, grid_anchors
-from .detections import Detections, select_boxes, split_masks
+from .anchors import Anchors
+from .backbone import ResNet
+from .detections import BoxSelection, Detections, split_masks
+from .fpn import FPN
 from .heads import BoxHead, MaskHead
-from .roi_heads import box_loss, mask_loss, pool, pool_rois, positives, sample_rois
-from .rpn import RPNHead, propose, rpn_loss
+from .mask_losses import MaskLoss
+from .roi_heads import BoxLoss, RoIPool, RoISampler
+from .rpn import Proposals, RPNHead, RPNLoss
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 class MaskRCNN(nn.Module):
-    """images -> backbone -> fpn -> rpn -> proposals -> sample -> box head and mask head -> losses or detections."""
+    """images -> backbone -> fpn -> rpn -> proposals -> sample -> box head and mask head -> losses or detections.
+
+    Every stage is a module, those without weights too, so that PyTorch's forward hooks see what enters and leaves it.
+    No weights are downloaded here: see `backbone.load_pretrained`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = ResNet(config.backbone, config.norm)
-        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels)
-        self.rpn = RPNHead(config.fpn_channels, len(config.aspect_ratios))
-        self.box_head = BoxHead(config.fpn_channels, config.box_pool_size, config.box_channels, config.num_classes)
-        self.mask_head = MaskHead(config.fpn_channels, config.mask_channels, config.mask_layers, config.num_classes)
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
-        for level, size in enumerate(config.anchor_sizes):
-            self.register_buffer(f"cell{level}", cell_anchors(size, config.aspect_ratios), persistent=False)
+        self.normalize = Normalize()
+        self.backbone = ResNet(config.backbone, config.norm, config.frozen_stages)
+        levels = len(config.anchor_sizes)
+        self.fpn = FPN(self.backbone.out_channels, config.fpn_channels, config.fpn_norm, levels)
+        self.anchors = Anchors(config)
+        self.rpn = RPNHead(config, self.anchors.per_cell)
+        self.rpn_loss = RPNLoss(config)
+        self.proposals = Proposals(config)
+        self.roi_sampler = RoISampler(config)
+        self.box_pool = RoIPool(config, config.box_pool_size)
+        self.box_head = BoxHead(config)
+        self.box_loss = BoxLoss(config)
+        self.mask_pool = RoIPool(config, config.mask_pool_size)
+        self.mask_head = MaskHead(config)
+        self.mask_loss = MaskLoss(config)
+        self.box_selection = BoxSelection(config)
+
+    def configure(self, **changes: Any) -> None:
+        """Change values of the configuration that no weight's shape depends on, such as thresholds, in all stages."""
+        config = dataclasses.replace(self.config, **changes)
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), ModelConfig):
+                module.config = config
 
     def forward(
         self, images: Tensor, sizes: Tensor, targets: Targets | None = None
@@ -49,43 +71,40 @@ class MaskRCNN(nn.Module):
         """
         if images.dtype == torch.uint8:
             images = self.normalize(images, sizes)
-        features = self.fpn(self.backbone(images))  # P2..P6
+        features = self.fpn(self.backbone(images))  # P2..P5 or P6
         logits, deltas = self.rpn(features)
-        anchors, level_sizes = self.anchors(features, images)
-        proposals, valid = propose(
-            logits, deltas, anchors, level_sizes, sizes, self.config, training=targets is not None
-        )
+        padded_size = tuple(images.shape[-2:])
+        anchors, level_sizes = self.anchors(features, padded_size)
+        proposals, valid = self.proposals(logits, deltas, anchors, level_sizes, sizes, training=targets is not None)
         if targets is None:
             return self.detect(features, proposals, valid, sizes)
 
-        losses = rpn_loss(logits, deltas, anchors, targets, self.config)
-        rois = sample_rois(proposals, valid, targets, self.config)
-        classes, box_deltas = self.box_head(pool(features, rois.boxes, self.config.box_pool_size, self.config))
-        losses |= box_loss(classes, box_deltas, rois, targets)
-        rois = positives(rois, self.config)
-        mask_logits = self.mask_head(pool(features, rois.boxes, self.config.mask_pool_size, self.config))
-        return losses | mask_loss(mask_logits, rois, targets, sizes, tuple(images.shape[-2:]))
-
-    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """uint8 RGB -> floats with ImageNet's mean and deviation; the padding becomes zero, as in torchvision."""
-        y = torch.arange(images.shape[2], device=images.device)[:, None] < sizes[:, 0, None, None, None]
-        x = torch.arange(images.shape[3], device=images.device) < sizes[:, 1, None, None, None]
-        return torch.where(y & x, (images / 255 - self.mean) / self.std, 0.0)
-
-    def anchors(self, features: Sequence[Tensor], images: Tensor) -> tuple[Tensor, list[int]]:
-        """All anchors [A, 4] and how many each level has."""
-        cells = [getattr(self, f"cell{level}") for level in range(len(features))]
-        grids = [tuple(f.shape[-2:]) for f in features]
-        anchors = grid_anchors(grids, tuple(images.shape[-2:]), cells)
-        return anchors, [h * w * len(c) for (h, w), c in zip(grids, cells, strict=True)]
+        losses = self.rpn_loss(logits, deltas, anchors, targets, len(anchors) // self.anchors.per_cell)
+        rois = self.roi_sampler(proposals, valid, targets)
+        losses |= self.box_loss(*self.box_head(self.box_pool(features, rois.boxes)), rois, targets)
+        rois = rois.positives(int(self.config.roi_samples * self.config.roi_positive_fraction))
+        mask_logits = self.mask_head(self.mask_pool(features, rois.boxes))
+        return losses | self.mask_loss(mask_logits, rois, targets, sizes, padded_size)
 
     def detect(self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, sizes: Tensor) -> list[Detections]:
         """Detections of each image from its proposals [B, N, 4]."""
-        logits, deltas = self.box_head(pool(features, proposals, self.config.box_pool_size, self.config))
+        logits, deltas = self.box_head(self.box_pool(features, proposals))
         shape = proposals.shape[:2]
-        selected = select_boxes(
-            logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, valid, sizes, self.config
-        )
+        selected = self.box_selection(logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, valid, sizes)
         rois = torch.cat([F.pad(boxes, (1, 0), value=i) for i, (boxes, _, _) in enumerate(selected)])
-        pooled = pool_rois(features, rois, self.config.mask_pool_size, self.config)
-        return split_masks(self.mask_head(pooled), selected)
+        return split_masks(self.mask_head(self.mask_pool(features, rois)), selected, self.config.mask_loss)
+
+
+class Normalize(nn.Module):
+    """uint8 RGB -> floats with ImageNet's mean and deviation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the same shape; the padding beyond sizes [B, 2] becomes zero, as in torchvision."""
+        y = torch.arange(images.shape[2], device=images.device)[:, None] < sizes[:, 0, None, None, None]
+        x = torch.arange(images.shape[3], device=images.device) < sizes[:, 1, None, None, None]
+        return torch.where(y & x, (images / 255 - self.mean) / self.std, 0.0)

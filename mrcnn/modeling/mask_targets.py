@@ -13,11 +13,17 @@ CHUNK_PIXELS = 1 << 26  # memory bound: full-size masks of this many pixels are 
 
 @torch.no_grad()
 def mask_targets(
-    targets: Targets, boxes: Tensor, matched: Tensor, size: int, sizes: Tensor, padded_size: tuple[int, int]
+    targets: Targets,
+    boxes: Tensor,
+    matched: Tensor,
+    size: int,
+    sizes: Tensor,
+    padded_size: tuple[int, int],
+    aligned: bool = False,
 ) -> Tensor:
     """torchvision's soft mask targets (`project_masks_on_boxes`), read from the mask pool.
 
-    That is RoIAlign of the object's mask, sampling_ratio -1, aligned False. RoIAlign is separable: with weights
+    That is RoIAlign of the object's mask with sampling_ratio -1. RoIAlign is separable: with weights
     A_y [size, H] and A_x [size, W] the target is A_y @ mask @ A_x^T.
 
     Args:
@@ -27,14 +33,15 @@ def mask_targets(
         size: target height and width.
         sizes: [B, 2] height and width of each image; samples beyond its last cell are clamped to it.
         padded_size: (H, W) of the padded images.
+        aligned: RoIAlign's; with it, and a threshold of 0.5 on the result, they are detectron2's binary targets.
 
     Returns:
         [B, S, size, size] fp32 in [0, 1].
     """
     rows = boxes.flatten(0, 1)
     lengths = sizes[:, None].expand(-1, boxes.shape[1], -1).flatten(0, 1)
-    weights_y = _axis_weights(rows[:, 1], rows[:, 3], size, lengths[:, 0], padded_size[0])
-    weights_x = _axis_weights(rows[:, 0], rows[:, 2], size, lengths[:, 1], padded_size[1])
+    weights_y = _axis_weights(rows[:, 1], rows[:, 3], size, lengths[:, 0], padded_size[0], aligned)
+    weights_x = _axis_weights(rows[:, 0], rows[:, 2], size, lengths[:, 1], padded_size[1], aligned)
     offset = take(targets.mask_offset[..., None], matched).flatten()
     extent = take(targets.mask_extent, matched).flatten(0, 1).long()
     out = rows.new_empty(len(rows), size, size)
@@ -47,13 +54,15 @@ def mask_targets(
     return out.view(*boxes.shape[:2], size, size)
 
 
-def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_length: int) -> Tensor:
+def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_length: int, aligned: bool) -> Tensor:
     """RoIAlign's interpolation weights along one axis: [K] starts, ends and lengths -> [K, bins, padded_length].
 
     The number of samples a bin is ceil(extent / bins), so at most ceil(padded_length / bins) for a box in the image.
     """
-    bin_size = (high - low).clamp(min=1) / bins
-    grid = bin_size.ceil()
+    extent = high - low
+    bin_size = (extent if aligned else extent.clamp(min=1)) / bins
+    grid = bin_size.ceil().clamp(min=1)
+    low = low - 0.5 if aligned else low
     sample = torch.arange(-(-padded_length // bins), device=low.device)
     starts = low[:, None] + torch.arange(bins, device=low.device) * bin_size[:, None]
     position = starts[:, :, None] + (sample + 0.5) * (bin_size / grid)[:, None, None]
@@ -65,6 +74,41 @@ def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_l
     out = low.new_zeros(len(low), bins, padded_length)
     out.scatter_add_(2, cell, weight * (1 - (position - cell)))
     return out.scatter_add_(2, torch.minimum(cell + 1, length - 1), weight * (position - cell))
+
+
+@torch.no_grad()
+def canvas_targets(targets: Targets, boxes: Tensor, size: int, padded_size: tuple[int, int]) -> Tensor:
+    """The class of each pixel of each RoI, whichever object it belongs to: [B, S, size, size] int64, 0 background.
+
+    Every bin takes the pixel under its centre.
+
+    Args:
+        targets: ground truth of B images.
+        boxes: [B, S, 4] xyxy.
+        size: height and width of a canvas.
+        padded_size: (H, W) of the padded images.
+    """
+    height, width = padded_size
+    centre = (torch.arange(size, device=boxes.device) + 0.5) / size
+    x = boxes[..., 0, None] + centre * (boxes[..., 2] - boxes[..., 0])[..., None]  # [B, S, size]
+    y = boxes[..., 1, None] + centre * (boxes[..., 3] - boxes[..., 1])[..., None]
+    x, y = x.long().clamp(0, width - 1), y.long().clamp(0, height - 1)
+    pixel = y[..., :, None] * width + x[..., None, :]
+    return class_map(targets, padded_size).flatten(1).gather(1, pixel.flatten(1)).view(pixel.shape)
+
+
+def class_map(targets: Targets, padded_size: tuple[int, int]) -> Tensor:
+    """The class of each pixel of each image, [B, H, W] int64, 0 background; the smaller extent lies on top."""
+    extent = targets.mask_extent.long()
+    area = (extent[..., 2] - extent[..., 0]) * (extent[..., 3] - extent[..., 1])
+    order = area.argsort(dim=1, descending=True, stable=True)
+    offset, label = targets.mask_offset.gather(1, order), targets.labels.gather(1, order)
+    extent = take(extent, order)
+    canvas = label.new_zeros(len(label), *padded_size)
+    for slot in range(label.shape[1]):
+        mask = _full_size(targets.mask_pool, offset[:, slot], extent[:, slot], *padded_size)
+        canvas = torch.where(mask > 0, label[:, slot, None, None], canvas)
+    return canvas
 
 
 def _full_size(pool: Tensor, offset: Tensor, extent: Tensor, height: int, width: int) -> Tensor:

@@ -17,22 +17,25 @@ _NAMES = (
     (r"^backbone\.body\.conv1\.", "backbone.stem.0."),
     (r"^backbone\.body\.bn1\.", "backbone.stem.1."),
     (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
-    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"fpn.lateral.\1."),
-    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"fpn.output.\1."),
-    (r"^rpn\.head\.conv\.0\.0\.", "rpn.conv."),
+    (r"^backbone\.fpn\.inner_blocks\.", "fpn.lateral."),
+    (r"^backbone\.fpn\.layer_blocks\.", "fpn.output."),
+    (r"^rpn\.head\.conv\.", "rpn.convs."),
     (r"^rpn\.head\.cls_logits\.", "rpn.objectness."),
     (r"^rpn\.head\.bbox_pred\.", "rpn.deltas."),
-    (r"^roi_heads\.box_head\.", "box_head."),
+    (r"^roi_heads\.box_head\.fc6\.", "box_head.fcs.0."),
+    (r"^roi_heads\.box_head\.fc7\.", "box_head.fcs.1."),
+    (r"^roi_heads\.box_head\.([0-3])\.", r"box_head.convs.\1."),  # v2: four convolutions, Flatten, Linear
+    (r"^roi_heads\.box_head\.5\.", "box_head.fcs.0."),
     (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
-    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1."),
+    (r"^roi_heads\.mask_head\.", "mask_head.convs."),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv."),
     (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
 )
 
 
 def from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `state_dict()` of torchvision's `maskrcnn_resnet50_fpn` under this project's names."""
+    """The `state_dict()` of torchvision's `maskrcnn_resnet50_fpn` or `..._v2` under this project's names."""
     renamed = {}
     for name, value in state_dict.items():
         for pattern, replacement in _NAMES:

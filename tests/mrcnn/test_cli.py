@@ -1,5 +1,6 @@
 """The commands, run as a user runs them, on data of a few images."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -11,7 +12,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from mrcnn import cli
 from mrcnn.checkpoint import load_checkpoint
+from mrcnn.config import CONFIGS, load_config
 from mrcnn.data.shapes import ShapesDataset
+
+train_command = importlib.import_module("mrcnn.cli.train")  # mrcnn.cli.train is the command itself
 
 SMALL = ["--config", "tiny", "--image-size", "64", "--batch-size", "2"]
 FEW_ROIS = ["--set", "model.roi_samples=16", "--set", "model.score_threshold=0.0", "--set", "model.max_detections=5"]
@@ -59,7 +63,9 @@ def trained(coco, tmp_path_factory):
 
 def test_train_writes_what_it_says(trained):
     # Configuration, class names, one line of metrics a step, one an evaluation, a checkpoint that knows its data.
-    assert sorted(p.name for p in trained.iterdir()) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    # The configuration can be used again: it is the checkpoint's.
+    written = ["best.pt", "checkpoint.pt", "config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in trained.iterdir()) == written
     config = json.loads((trained / "config.json").read_text())
     assert config["class_names"] == ["__background__", "circle", "square", "triangle"]
     assert (config["train"]["steps"], config["train"]["seed"], config["data"]["image_size"]) == (3, 5, 64)
@@ -69,6 +75,7 @@ def test_train_writes_what_it_says(trained):
     assert lines[2]["evaluation"]["segm"].keys() >= {"AP", "AP50"}
     checkpoint = load_checkpoint(trained / "checkpoint.pt")
     assert checkpoint.category_ids == [0, 3, 7, 20] and checkpoint.step == 3
+    assert load_config(str(trained / "config.json")) == checkpoint.config
 
 
 def test_training_is_reproducible(coco, tmp_path):
@@ -166,18 +173,132 @@ def test_shapes_need_no_data(tmp_path):
     assert load_checkpoint(output / "checkpoint.pt").class_names[1:] == ["circle", "square", "triangle"]
 
 
+@pytest.fixture(scope="module")
+def stopped(coco, tmp_path_factory):
+    """Of a run that was killed in its third step of four, a step after a checkpoint: its arguments without --output,
+    those that name its data, its folder, and the checkpoint that it writes where nothing stops it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    data = ["--images", coco / "images", "--annotations", coco / "annotations.json"]
+    options = ["--steps", 4, "--set", "train.save_every=2", "--set", "train.log_every=1", *FEW_ROIS]
+    arguments = ["train", *SMALL, *data, *options]
+    assert run(*arguments, "--output", folder / "whole") == 0
+
+    def killed(step, *_):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_command._Report, "on_step", lambda self, step, metrics: killed(step))
+        assert run(*arguments, "--output", folder / "run") != 0
+    return arguments, data, folder / "run", folder / "whole" / "checkpoint.pt"
+
+
+def assert_same_weights(path, other):
+    path, other = (torch.load(p, weights_only=True)["model"] for p in (path, other))
+    torch.testing.assert_close(path, other, rtol=0, atol=0)
+
+
+def test_resume_goes_on(stopped, tmp_path, capsys):
+    # With the whole command line again, or with no more than the data: the configuration is the checkpoint's.
+    arguments, data, folder, whole = stopped
+    for copy in ("one", "two"):
+        shutil.copytree(folder, tmp_path / copy)
+    again = [*arguments, "--output", tmp_path / "one"]
+    assert run(*again) == 2
+    assert "already holds a checkpoint.pt: --resume goes on" in capsys.readouterr().err
+    assert run(*again, "--resume") == 0
+    assert_same_weights(tmp_path / "one" / "checkpoint.pt", whole)
+    assert run("train", *data, "--resume", "--workers", 1, "--output", tmp_path / "two") == 0
+    assert_same_weights(tmp_path / "two" / "checkpoint.pt", whole)
+    assert run(*again, "--resume") == 0  # in a loop that restarts what was stopped, an end is no error
+    assert "the run was complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", 0.5], "train.lr is 0.001 in the run to resume and cannot become 0.5"),
+        (["--steps", 9], "train.steps is 4 in the run to resume and cannot become 9: the cosine schedule"),
+        (["--set", "model.norm=bn"], "model.norm is gn in the run to resume"),
+        (["--image-size", 96], "data.image_size is 64 in the run to resume"),
+        (["--config", "torchvision_v2"], "model.backbone is resnet18 in the run to resume"),
+    ],
+)
+def test_resume_refuses_another_configuration(options, message, stopped, capsys):
+    # One line that names the key; the folder stays as it was.
+    _, data, folder, _ = stopped
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert run("train", *data, "--resume", "--output", folder, *options) == 2
+    assert message in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_training_starts_from_a_checkpoint_and_names_the_best(trained, coco, tmp_path, capsys):
+    # What was taken is said, and the best AP at the end, with the file that has it. Frozen layers are no mistake here.
+    data = ["--images", coco / "images", "--annotations", coco / "annotations.json"]
+    validation = ["--val-images", coco / "images", "--val-annotations", coco / "annotations.json"]
+    options = [*SMALL, *data, *validation, "--steps", 1, *FEW_ROIS, "--set", "model.frozen_stages=2"]
+    assert run("train", *options, "--init-from", trained / "best.pt", "--output", tmp_path / "run") == 0
+    errors = capsys.readouterr().err
+    assert "tensors from the checkpoint of step" in errors and "fresh" not in errors and "warning" not in errors
+    assert "best mask AP 0." in errors and str(tmp_path / "run" / "best.pt") in errors
+    paths = (trained / "best.pt", tmp_path / "run" / "checkpoint.pt")
+    before, after = (torch.load(path, weights_only=True)["model"] for path in paths)
+    assert torch.equal(before["backbone.stem.0.weight"], after["backbone.stem.0.weight"])
+
+
+def test_frozen_random_layers_are_warned_of(tmp_path, capsys, monkeypatch):
+    # It works, and is hardly what anybody wants.
+    monkeypatch.setattr(train_command, "train_model", lambda *_, **__: None)
+    options = ["--data", "shapes", *SMALL, "--steps", 1, *FEW_ROIS, "--set", "model.frozen_stages=2"]
+    assert run("train", *options, "--output", tmp_path / "run") == 0
+    assert "model.frozen_stages=2 freezes layers with random weights" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("backbone", "slow"), [("resnet18", False), ("resnet50", True), ("resnet101", True)])
+def test_large_backbones_on_a_cpu_are_warned_of(backbone, slow, tmp_path, capsys, monkeypatch):
+    # They would look stuck.
+    monkeypatch.setattr(train_command, "train_model", lambda *_, **__: None)
+    options = ["--data", "shapes", *SMALL, "--set", f"model.backbone={backbone}", "--device", "cpu"]
+    assert run("train", *options, "--output", tmp_path / "run") == 0
+    assert ("takes minutes a step on a CPU" in " ".join(capsys.readouterr().err.split())) == slow
+
+
+def test_help_names_the_configurations(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run("train", "--help") == 0
+    assert f"{', '.join(CONFIGS)}, or a .toml or .json file." in capsys.readouterr().out
+
+
+def test_tensorboard_from_the_command_line(coco, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the package tensorboard, an optional one")
+    data = ["--images", coco / "images", "--annotations", coco / "annotations.json"]
+    options = [*SMALL, *data, "--steps", 1, *FEW_ROIS, "--tensorboard"]
+    assert run("train", *options, "--output", tmp_path / "run") == 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--output", "OUT"], "COCO data needs both --images and --annotations"),
         (["train", "--output", "OUT", "--images", "none", "--annotations", "none.json"], "none.json"),
         (["train", "--output", "OUT", "--data", "shapes", "--config", "huge"], "unknown configuration 'huge'"),
-        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "model.norm=ln"], "unknown norm 'ln'"),
-        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.optimizer=x"], "unknown optimizer"),
-        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.schedule=x"], "unknown schedule"),
+        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "model.norm=ln"], "unknown model.norm 'ln'"),
+        (
+            ["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.optimizer=x"],
+            "unknown train.optimizer",
+        ),
+        (
+            ["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.schedule=x"],
+            "unknown train.schedule",
+        ),
         (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.log_every=0"], "at least 1"),
         (["train", "--output", __file__, "--data", "shapes", *SMALL], "is a file; a folder is wanted"),
         (["train", "--output", "OUT", "--data", "shapes", "--images", "x"], "--data shapes takes no images"),
+        (["train", "--output", "OUT", "--data", "shapes", "--resume"], "nothing to resume: there is no "),
+        (["train", "--output", "OUT", "--data", "shapes", "--resume", "--init-from", "x.pt"], "takes no --init-from"),
+        (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--init-from", "none.pt"], "no checkpoint none.pt"),
         (["evaluate", "--checkpoint", "none.pt", "--data", "shapes"], "there is no checkpoint none.pt"),
         (["predict", "--checkpoint", "none.pt", "none.png", "--output", "OUT"], "no such image file: none.png"),
         (["predict", "--checkpoint", "none.pt", __file__, "--output", "OUT"], "there is no checkpoint none.pt"),

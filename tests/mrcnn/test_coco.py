@@ -16,8 +16,9 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from mrcnn.data.augment import build_transform
-from mrcnn.data.coco import CocoDataset, mask_api
+from mrcnn.data.coco import CocoDataset
 from mrcnn.data.collate import Collate
+from mrcnn.data.rle import mask_api
 from mrcnn.errors import DataError
 
 needs_coco = pytest.mark.skipif(

@@ -47,7 +47,14 @@ def test_the_stored_configuration_can_be_used_again(tmp_path):
         ("train.steps=many", "train.steps must be int, got 'many'"),
         ("train.steps=1.5", "train.steps must be int, got 1.5"),
         ("train.steps=true", "train.steps must be int, got True"),
-        ("model.pre_nms_top_n=[1, 2, 3]", "model.pre_nms_top_n must be"),
+        ("model.pre_nms_top_n=[1, 2, 3]", r"model.pre_nms_top_n must be tuple\[int, int\], got \[1, 2, 3\]"),
+        ("model.norm=ln", "unknown model.norm 'ln'; choose one of bn, frozen_bn, sync_bn, gn"),
+        ("model.norm=3", "unknown model.norm 3; choose one of"),
+        ("model.backbone=vgg16", "unknown model.backbone 'vgg16'; choose one of resnet18, resnet34, resnet50"),
+        ("model.mask_loss=dice", "unknown model.mask_loss 'dice'; choose one of bce, softmax, canvas"),
+        ("model.rpn_class_normalizer=all", "unknown model.rpn_class_normalizer 'all'; choose one of sampled, slots"),
+        ("train.schedule=x", "unknown train.schedule 'x'; choose one of multistep, cosine, constant"),
+        ("train.optimizer=x", "unknown train.optimizer 'x'; choose one of sgd, adamw"),
     ],
 )
 def test_bad_overrides(override, message):
@@ -63,13 +70,23 @@ def test_bad_overrides(override, message):
         ("train.seed=-1", "train.seed must be at least 0"),
         ("model.mask_pool_size=0", "model.mask_pool_size must be at least 1"),
         ("model.post_nms_top_n=[100, 0]", "model.post_nms_top_n must be at least 1"),
-        ("model.anchor_sizes=[8, 16, 32]", "model.anchor_sizes needs five sizes"),
+        ("model.anchor_sizes=[8, 16, 32]", "model.anchor_sizes needs one size a level: four for P2..P5, five"),
+        ("model.anchor_sizes=[8, 16, 32, 64, 128, 256]", "model.anchor_sizes needs one size a level"),
+        ("model.anchor_scales=[]", "model.anchor_scales needs at least one number"),
+        ("model.aspect_ratios=[0.5, 0.0]", "model.aspect_ratios needs .* all above 0"),
         ("model.roi_positive_fraction=0.0", r"model.roi_positive_fraction must be in \(0, 1\]"),
-        ("model.norm=ln", "unknown norm 'ln'; choose one of bn, frozen_bn, gn"),
-        ("train.schedule=x", "unknown schedule 'x'"),
-        ("train.optimizer=x", "unknown optimizer 'x'"),
+        ("model.rpn_positive_fraction=1.5", r"model.rpn_positive_fraction must be in \(0, 1\]"),
+        ("model.rpn_low_threshold=0.8", "model.rpn_low_threshold must not exceed model.rpn_high_threshold"),
+        ("model.frozen_stages=6", "model.frozen_stages counts the stem and four stages: at most 5"),
+        ("model.weights=DEFAULT", "model.weights fit batch norm: set model.norm to bn"),  # tiny has gn
+        ("train.milestones=[0.5, 1.5]", r"train.milestones are parts of the run, in \[0, 1\]"),
+        ("train.milestones=[60000]", r"train.milestones are parts of the run, in \[0, 1\]"),  # steps, as elsewhere
         ("data.max_size=10", "data.max_size 10 must not be below data.image_size 128"),
-        ("train.lr=-1.0", "must not be negative"),
+        ("train.lr=-1.0", "train.lr must not be negative"),
+        ("train.lr=nan", "train.lr must not be negative and must be finite, got nan"),
+        ("train.lr=inf", "must be finite"),
+        ("model.aspect_ratios=[1.0, -2.0]", "model.aspect_ratios must not be negative"),
+        ("train.backbone_lr_factor=-0.1", "train.backbone_lr_factor must not be negative"),
     ],
 )
 def test_values_that_cannot_work(override, message):
@@ -78,15 +95,38 @@ def test_values_that_cannot_work(override, message):
         validate(load_config("tiny", [override]))
 
 
-def test_the_named_configurations_work():
-    for config in CONFIGS.values():
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.fpn_norm=gn", "model.fpn_channels=48"], "model.fpn_channels must be a multiple of 32 .*, got 48"),
+        (["model.head_norm=gn", "model.mask_channels=40"], "model.mask_channels must be a multiple of 32 .*, got 40"),
+        (["model.head_norm=gn", "model.box_conv_layers=1", "model.fpn_channels=48"], "model.fpn_channels must be"),
+        (["model.head_norm=gn", "model.fpn_channels=48"], None),  # nothing with 48 channels is normalised
+        (["model.head_norm=bn", "model.mask_channels=40"], None),
+    ],
+)
+def test_group_norm_needs_channels_that_32_divides(overrides, message):
+    # GroupNorm would say so in a traceback of its own, when the model is built.
+    config = load_config("tiny", overrides)
+    if message is None:
         assert validate(config) is config
+    else:
+        with pytest.raises(ConfigError, match=message):
+            validate(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_named_configurations_work(name):
+    # They pass their own checks, are called what they are looked up by, and survive their journey through JSON.
+    config = load_config(name)
+    assert validate(config) is config and config.name == name
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("huge", None, "unknown configuration 'huge'; choose torchvision, tiny or a .toml or .json file"),
+        ("huge", None, "unknown configuration 'huge'; choose torchvision, .*tiny or a .toml or .json file"),
         ("absent.toml", None, "cannot read the configuration .*absent.toml: No such file"),
         ("broken.toml", "[model", "is not valid TOML"),
         ("broken.json", '{"model": ', "is not valid JSON"),

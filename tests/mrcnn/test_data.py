@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import warnings
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torchvision import tv_tensors
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_iou, masks_to_boxes
 
 from mrcnn.data.augment import build_transform
-from mrcnn.data.coco import mask_api
 from mrcnn.data.collate import Collate, mask_to_dense, targets_from_lists
-from mrcnn.data.shapes import ShapesDataset
+from mrcnn.data.rle import mask_api
+from mrcnn.data.shapes import KINDS, ShapesDataset, _shape_mask
 from mrcnn.errors import ConfigError
 
 needs_coco = pytest.mark.skipif(
@@ -239,3 +240,65 @@ def test_targets_from_lists_without_objects():
     assert targets.boxes.shape == (2, 1, 4) and targets.count.tolist() == [0, 0]
     assert targets.mask_pool.numel() == 0 and not targets.valid.any()
     assert mask_to_dense(targets, 1, 5, 5).shape == (0, 5, 5)
+
+
+def digest(dataset):
+    """Of every picture, label and mask."""
+    found = hashlib.sha256()
+    for image, target in (dataset[i] for i in range(len(dataset))):
+        for part in (image, target["labels"], target["masks"]):
+            found.update(part.numpy().tobytes())
+    return found.hexdigest()
+
+
+def test_default_shapes_are_what_they_have_always_been():
+    """The demo's threshold and recorded runs rely on these very pictures: of before there were more kinds."""
+    assert digest(ShapesDataset(6, 64, seed=3)) == "09a2f4df2831b9c23b7f27a8b0a328a2d6ce1febf32e894115122328738d654b"
+
+
+def test_every_kind_of_shape_looks_like_itself():
+    """Kinds must differ, or no detector could tell them apart: each is placed on the others at its best angle."""
+    assert len(set(KINDS)) == len(KINDS) >= 8
+    angles = 12
+    masks = []
+    for label in range(1, len(KINDS) + 1):
+        rng = np.random.default_rng(label)
+        drawn = [_shape_mask(rng, label, np.array([48.0, 48.0]), 30.0, 96) for _ in range(angles)]
+        assert all(200 < mask.sum() <= np.pi * 31**2 for mask in drawn)
+        masks.append(np.stack(drawn).reshape(angles, -1).astype(np.float32))
+    for a in range(len(KINDS)):
+        for b in range(a):
+            inter = masks[a] @ masks[b].T
+            union = masks[a].sum(1)[:, None] + masks[b].sum(1) - inter
+            assert (inter / union).max() < 0.9, (KINDS[a], KINDS[b])
+
+
+def test_kinds_are_chosen_and_bounded():
+    """More kinds are more classes, all of which occur."""
+    dataset = ShapesDataset(60, 64, kinds=10, crowded=True)
+    assert dataset.class_names == ["__background__", *KINDS] and dataset.category_ids == list(range(11))
+    seen = {label for i in range(len(dataset)) for label in dataset[i][1]["labels"].tolist()}
+    assert seen == set(range(1, 11))
+    for kinds in (0, len(KINDS) + 1):
+        with pytest.raises(ConfigError, match="kinds"):
+            ShapesDataset(1, kinds=kinds)
+
+
+def test_crowds_put_neighbours_of_one_class_against_each_other():
+    """What the count of merged instances needs: boxes that reach into one another, often within a class."""
+
+    def neighbours(dataset):
+        """Pairs of objects whose boxes overlap by a tenth: all, and those of one class."""
+        pairs = same = 0
+        for i in range(len(dataset)):
+            target = dataset[i][1]
+            assert len(target["labels"]) <= dataset.max_objects
+            iou = box_iou(target["boxes"].as_subclass(torch.Tensor), target["boxes"].as_subclass(torch.Tensor))
+            close = (iou > 0.1).triu(1)
+            pairs += int(close.sum())
+            same += int((close & (target["labels"][:, None] == target["labels"])).sum())
+        return pairs / len(dataset), same / len(dataset)
+
+    scattered = neighbours(ShapesDataset(60, 64, kinds=8))
+    crowded = neighbours(ShapesDataset(60, 64, kinds=8, crowded=True))
+    assert crowded[0] > 1.5 * scattered[0] and crowded[1] > 1 > 4 * scattered[1]

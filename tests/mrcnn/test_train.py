@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mrcnn import train as training
+from mrcnn.checkpoint import load_checkpoint
 from mrcnn.config import CONFIGS, load_config
 from mrcnn.data.augment import build_transform
 from mrcnn.data.collate import Collate
@@ -14,7 +15,8 @@ from mrcnn.data.shapes import ShapesDataset
 from mrcnn.errors import ConfigError, DataError
 from mrcnn.inference import evaluate
 from mrcnn.modeling import MaskRCNN
-from mrcnn.train import build_optimizer, learning_rate_factor, train, training_step
+from mrcnn.optim import build_optimizer, build_schedule, learning_rate_factor
+from mrcnn.train import train, training_step
 
 CPU = torch.device("cpu")
 
@@ -38,12 +40,60 @@ def test_schedules(schedule, expected):
     assert [learning_rate_factor(s, warm) for s in (0, 49, 98)] == [0.01, 0.5, 0.99]
 
 
-def test_adamw_decays_weights_only():
-    model = MaskRCNN(CONFIGS["tiny"].model)
-    decayed, rest = build_optimizer(model, CONFIGS["tiny"].train).param_groups
-    assert decayed["weight_decay"] == 1e-2 and rest["weight_decay"] == 0
-    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in rest["params"])
-    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+def test_milestones_and_gamma_are_the_configurations():
+    # The step that a milestone names is the first one with the smaller rate; none is the constant schedule.
+    config = dataclasses.replace(CONFIGS["tiny"].train, schedule="multistep", steps=10, warmup_steps=0)
+    halved = dataclasses.replace(config, milestones=(0.3, 0.5, 0.9), lr_gamma=0.5)
+    assert [learning_rate_factor(s, halved) for s in (2, 3, 4, 5, 8, 9)] == [1, 0.5, 0.5, 0.25, 0.25, 0.125]
+    assert learning_rate_factor(9, dataclasses.replace(config, milestones=())) == 1
+
+
+# Every kind of normalisation, and none; frozen layers, which no optimizer may move.
+MODELS = {
+    "gn": ["model.norm=gn", "model.fpn_norm=gn", "model.head_norm=gn"],
+    "bn": ["model.norm=bn", "model.fpn_norm=bn", "model.head_norm=sync_bn"],
+    "frozen": ["model.norm=frozen_bn", "model.frozen_stages=2"],
+    "all frozen": ["model.frozen_stages=5"],
+}
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_every_trainable_parameter_is_in_one_group(overrides):
+    model = MaskRCNN(small(*overrides).model)
+    grouped = [id(p) for group in build_optimizer(model, small().train).param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_groups_have_their_decay_and_learning_rate(optimizer):
+    # Values that are all different, so that none can stand for another; no group is empty.
+    keys = {"weight_decay": 0.1, "norm_weight_decay": 0.2, "bias_weight_decay": 0.3, "backbone_lr_factor": 0.5}
+    config = small(f"train.optimizer={optimizer}", "train.lr=2", *(f"train.{k}={v}" for k, v in keys.items()))
+    model = MaskRCNN(config.model)
+    groups = {group["name"]: group for group in build_optimizer(model, config.train).param_groups}
+    expected = {
+        "weights": (2.0, 0.1), "biases": (2.0, 0.3),  # tiny's pyramid and heads are not normalised
+        "backbone weights": (1.0, 0.1), "backbone norms": (1.0, 0.2),  # a ResNet's convolutions have no biases
+    }  # fmt: skip
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == expected
+    assert {p.ndim for p in groups["backbone norms"]["params"]} == {p.ndim for p in groups["biases"]["params"]} == {1}
+    backbone = [p for name, group in groups.items() if "backbone" in name for p in group["params"]]
+    assert {id(p) for p in backbone} == {id(p) for p in model.backbone.parameters()}
+
+
+def test_the_schedule_moves_every_group():
+    # The backbone keeps its share of the rate through warm-up and after a milestone.
+    settings = ["train.backbone_lr_factor=0.1", "train.schedule=multistep", "train.steps=9", "train.warmup_steps=1"]
+    config = small(*settings, "train.optimizer=sgd", "train.momentum=0.5", "train.lr=1").train
+    optimizer = build_optimizer(MaskRCNN(small().model), config)
+    schedule = build_schedule(optimizer, config)
+    assert all(group["momentum"] == 0.5 for group in optimizer.param_groups)
+    for step in range(9):
+        expected = learning_rate_factor(step, config)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected * (0.1 if "backbone" in group["name"] else 1))
+        optimizer.step()
+        schedule.step()
 
 
 def test_clipping_limits_the_step():
@@ -60,13 +110,80 @@ def test_clipping_limits_the_step():
 def test_checkpoints_and_evaluations_come_when_asked_for(tmp_path, monkeypatch):
     # Every second step an evaluation, every third a checkpoint; both at the end.
     saved = []
-    monkeypatch.setattr(training, "save_checkpoint", lambda path, checkpoint: saved.append(checkpoint.step))
+
+    def save(path, checkpoint):
+        if path.name == "checkpoint.pt":
+            saved.append(checkpoint.step)
+
+    monkeypatch.setattr(training, "save_checkpoint", save)
     config = small("train.steps=7", "train.eval_every=2", "train.save_every=3", "train.log_every=5")
     train(ShapesDataset(4, 64), config, tmp_path / "run", CPU, ShapesDataset(2, 64))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert saved == [2, 3, 4, 6, 7]
     assert [line["step"] for line in lines if "evaluation" in line] == [2, 4, 6, 7]
     assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 5, 6, 7]
+
+
+def evaluations(*mask_aps):
+    """A stand-in for `evaluate` that finds these mask APs, one after another; the box AP falls, and must not count."""
+    found = iter(enumerate(mask_aps))
+
+    def evaluate(*_):
+        number, ap = next(found)
+        return {"bbox": {"AP": 0.9 - number / 10, "AP50": 0.9}, "segm": {"AP": ap, "AP50": ap}}
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    ("aps", "best"),
+    [
+        ((0.1, 0.3, 0.2, 0.3), [1, 2, 2, 2]),  # the later of two equals does not replace the earlier
+        ((0.0, 0.0, 0.1, 0.0), [1, 1, 3, 3]),  # zero is a result
+        ((-1.0, -1.0, -1.0, -1.0), [None] * 4),  # COCO's word for no ground truth is none
+    ],
+)
+def test_the_best_checkpoint_is_kept(aps, best, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "evaluate", evaluations(*aps))
+    seen = []
+    config = small("train.steps=4", "train.eval_every=1")
+    on_step = lambda step, metrics: seen.append(metrics.get("best_step"))
+    train(ShapesDataset(4, 64), config, tmp_path, CPU, ShapesDataset(2, 64), on_step)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert seen == best and [line.get("best_step") for line in lines if "evaluation" in line] == best
+    path = tmp_path / "best.pt"
+    assert load_checkpoint(path).step == best[-1] if best[-1] else not path.exists()
+
+
+def test_checkpoints_hold_what_they_are_for(tmp_path):
+    # checkpoint.pt can go on; best.pt is for using, without the optimizer's two numbers a weight.
+    config = small("train.steps=1", "model.norm=bn")
+    train(ShapesDataset(2, 64), config, tmp_path, CPU, ShapesDataset(2, 64))
+    assert load_checkpoint(tmp_path / "checkpoint.pt", training=True).training.keys() >= {"optimizer", "rng"}
+    assert load_checkpoint(tmp_path / "checkpoint.pt").training is None  # an evaluation does not carry it
+    assert load_checkpoint(tmp_path / "best.pt", training=True).training is None
+    assert (tmp_path / "best.pt").stat().st_size < 0.4 * (tmp_path / "checkpoint.pt").stat().st_size
+
+
+def test_weights_are_fetched_before_anything_is_written(tmp_path, monkeypatch):
+    # Into the backbone; a machine without a network gets the error at once, and an empty disk. Loading a checkpoint
+    # of such a run fetches nothing.
+    asked = []
+
+    def fetch(backbone, weights):
+        asked.append((type(backbone).__name__, weights, (tmp_path / "run").exists()))
+        if len(asked) > 1:
+            raise ConfigError("no network")
+
+    monkeypatch.setattr(training, "load_pretrained", fetch)
+    config = small("model.weights=DEFAULT", "model.norm=frozen_bn", "train.steps=1")
+    train(ShapesDataset(2, 64), config, tmp_path / "run", CPU)
+    assert asked == [("ResNet", "DEFAULT", False)]
+    loaded = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert loaded.config.model.weights == "DEFAULT" and len(asked) == 1
+    with pytest.raises(ConfigError, match="no network"):
+        train(ShapesDataset(2, 64), config, tmp_path / "other", CPU)
+    assert not (tmp_path / "other").exists()
 
 
 def test_evaluation_leaves_training_as_it_was(tmp_path):
@@ -141,11 +258,12 @@ def test_images_of_any_shape_train(size):
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_a_folder_with_a_checkpoint_is_not_overwritten(tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"hours of work")
-    with pytest.raises(ConfigError, match="already holds a checkpoint"):
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt"])
+def test_a_folder_with_a_checkpoint_is_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_bytes(b"hours of work")
+    with pytest.raises(ConfigError, match=f"already holds a {name}: --resume goes on with that run"):
         train(ShapesDataset(2, 64), small(), tmp_path, CPU)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == b"hours of work"
+    assert (tmp_path / name).read_bytes() == b"hours of work"
 
 
 def test_no_images():

@@ -1,0 +1,121 @@
+"""Taking up a run where its last checkpoint left it, and starting one from another run's weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint
+from .config import Config
+from .data.coco import CocoDataset
+from .data.shapes import ShapesDataset
+from .errors import CheckpointError, ConfigError, DataError
+
+# What a run reports and saves, and how fast it loads; everything else decides what is learnt.
+MAY_CHANGE = ("train.workers", "train.log_every", "train.eval_every", "train.save_every")
+
+
+def training_state(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    device: torch.device,
+    images: int,
+) -> dict:
+    """What a checkpoint needs beside the weights and the step to go on: tensors and plain values.
+
+    The data needs no more than the step (see loader.py); nothing in training draws from Python's or numpy's generators.
+    `images` is the size of the training set, whose order depends on it.
+    """
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": gpu},
+        "images": images,
+    }
+
+
+def restore(
+    state: dict,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    device: torch.device,
+) -> None:
+    """Put `training_state` back, into an optimizer and a schedule of the same configuration.
+
+    Raises:
+        CheckpointError: the state does not fit them.
+    """
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if device.type == "cuda" and state["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's training state is damaged or of another version: {error}") from None
+
+
+def check_resumable(checkpoint: Checkpoint, config: Config, dataset: CocoDataset | ShapesDataset) -> None:
+    """Raise unless training with `config` on `dataset` is the run that `checkpoint` was written by.
+
+    The configuration must be the run's but for MAY_CHANGE and, where the schedule is constant, train.steps: the other
+    schedules are functions of the part of the run that is done, so that a longer run has other steps from the start.
+
+    Raises:
+        CheckpointError: the checkpoint holds no training state.
+        ConfigError: a value of the configuration differs; it is named.
+        DataError: another data set.
+    """
+    if checkpoint.training is None:
+        raise CheckpointError(
+            "the checkpoint holds weights alone (no optimizer, no random state): --init-from starts a new run from it"
+        )
+    before = list(zip(checkpoint.category_ids, checkpoint.class_names, strict=True))[1:]
+    now = list(zip(dataset.category_ids, dataset.class_names, strict=True))[1:]
+    if before != now:
+        raise DataError(f"the run to resume has the categories {before}, the data has {now}")
+    if len(dataset) != checkpoint.training.get("images"):
+        raise DataError(
+            f"the run to resume has {checkpoint.training.get('images')} training images, the data has {len(dataset)}"
+        )
+    for section in ("model", "data", "train"):
+        old, new = vars(getattr(checkpoint.config, section)), vars(getattr(config, section))
+        for key in old:
+            if old[key] != new[key]:
+                _check_change(f"{section}.{key}", old[key], new[key], checkpoint)
+
+
+def _check_change(name: str, old: object, new: object, checkpoint: Checkpoint) -> None:
+    constant = checkpoint.config.train.schedule == "constant"
+    if name == "train.steps" and constant:
+        if new < checkpoint.step:
+            raise ConfigError(f"train.steps {new} is below the {checkpoint.step} steps that the run has done")
+    elif name not in MAY_CHANGE:
+        why = f"the {checkpoint.config.train.schedule} schedule depends on it" if name == "train.steps" else ""
+        why = why or f"only {', '.join(MAY_CHANGE)} may change"
+        raise ConfigError(f"{name} is {old} in the run to resume and cannot become {new}: {why}")
+
+
+def initialise(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Copy from `checkpoint` what fits `model` by name and shape; the rest of `model` stays as it is.
+
+    With another number of classes the last layers, whose channels are classes, do not fit, and stay.
+
+    Returns:
+        Sentences for the user: how many tensors were taken, and each that was not.
+
+    Raises:
+        ConfigError: no parameter fits.
+    """
+    wanted, given = model.state_dict(), checkpoint.model.state_dict()
+    fits = {name: v for name, v in given.items() if name in wanted and v.shape == wanted[name].shape}
+    if not fits.keys() & dict(model.named_parameters()).keys():
+        raise ConfigError("nothing in the checkpoint to start from fits the model: its architecture is another one")
+    model.load_state_dict(fits, strict=False)
+    lines = [f"took {len(fits)} of the model's {len(wanted)} tensors from the checkpoint of step {checkpoint.step}"]
+    for name in [name for name in wanted if name not in fits]:
+        there = f"{tuple(given[name].shape)} in the checkpoint" if name in given else "not in the checkpoint"
+        lines.append(f"  fresh: {name} {tuple(wanted[name].shape)}, {there}")
+    lines += [f"  unused: {name} {tuple(v.shape)}, not in the model" for name, v in given.items() if name not in wanted]
+    return lines

@@ -1,0 +1,116 @@
+"""RoIs matched, drawn, padded, pooled; boxes selected."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torchvision
+from model_inputs import TINY, random_boxes, shapes_batch
+
+from mrcnn.modeling.detections import BoxSelection
+from mrcnn.modeling.mask_losses import MaskLoss
+from mrcnn.modeling.roi_heads import BoxLoss, RoIPool, RoISample, RoISampler
+
+
+def test_rois_are_matched_and_positives_come_first():
+    # Proposals that are objects moved a little, far ones, and empty slots: class where the IoU is 0.5 or more, with the
+    # objects themselves among the candidates; at most a quarter positive.
+    batch = shapes_batch()
+    t = batch.targets
+    proposals = torch.cat([t.boxes + 1, t.boxes + 500, torch.zeros(2, 5, 4)], dim=1)
+    valid = torch.cat([t.valid, t.valid, torch.zeros(2, 5, dtype=torch.bool)], dim=1)
+    rois = RoISampler(dataclasses.replace(TINY, roi_samples=12))(proposals, valid, t)
+    assert rois.boxes.shape == (2, 12, 4) and rois.labels.shape == rois.matched.shape == (2, 12)
+    for b in range(2):
+        positive = int((rois.labels[b] > 0).sum())
+        assert positive == 3 and (rois.labels[b, :positive] > 0).all()
+        for s in range(positive):
+            g = int(rois.matched[b, s])
+            assert rois.labels[b, s] == t.labels[b, g] and g < t.count[b]
+            assert torchvision.ops.box_iou(rois.boxes[b, s][None], t.boxes[b, g][None]) >= 0.5
+        background = rois.boxes[b, rois.labels[b] == 0]
+        assert len(background) == min(int(t.count[b]), 9) and (background[:, 0] >= 500).all()
+
+
+def test_empty_slots_repeat_the_other_rois():
+    # Batch norm in a head takes its statistics over all rows: they must be of RoIs that are meant, positives alone for
+    # masks. In the losses the repetitions do not count.
+    boxes, matched = random_boxes(2, 6), torch.arange(12).view(2, 6)
+    rois = RoISample(boxes, torch.tensor([[3, 1, 0, 0, -1, -1], [0, 0, 0, -1, -1, -1]]), matched)
+    masks = rois.positives(5)
+    assert masks.labels.tolist() == [[3, 1, -1, -1, -1], [-1] * 5]
+    assert torch.equal(masks.boxes[0], boxes[0, [0, 1, 0, 1, 0]]) and masks.matched[0].tolist() == [0, 1, 0, 1, 0]
+    assert torch.equal(masks.boxes[1], boxes[1, [0] * 5])  # none is positive: whatever is there
+    again = rois.repeated()
+    assert torch.equal(again.boxes[0], boxes[0, [0, 1, 2, 3, 0, 1]]) and torch.equal(again.labels, rois.labels)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_pooling_follows_the_configuration(aligned, ratio):
+    # torchvision's and the tutorial's 2 x 2 samples a bin, detectron2's adaptive grid shifted by half a cell; a RoI of
+    # the canonical scale comes from P4.
+    config = dataclasses.replace(TINY, roi_aligned=aligned, sampling_ratio=ratio, canonical_scale=96)
+    features = [torch.randn(1, 3, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32, 64)]
+    boxes = torch.tensor([[[10.0, 20, 120, 118], [5, 5, 28, 30]]])
+    pooled = RoIPool(config, 7)(features, boxes)
+    for box, feature, scale, found in zip(boxes[0], (features[2], features[0]), (1 / 16, 1 / 4), pooled, strict=True):
+        expected = torchvision.ops.roi_align(feature, [box[None]], 7, scale, ratio or -1, aligned)
+        torch.testing.assert_close(found, expected[0])
+
+
+@pytest.mark.parametrize("beta", [0.0, 1 / 9, 1.0])
+def test_box_loss_and_its_weights(beta):
+    # L1, torchvision's and the tutorial's smooth L1; sums over what the labels say, divided by the RoIs drawn.
+    batch = shapes_batch(1)
+    n = int(batch.targets.count[0])
+    boxes = torch.cat([batch.targets.boxes[:, :n] + 2, random_boxes(1, 3)], dim=1)
+    labels = torch.cat([batch.targets.labels[:, :n], torch.tensor([[0, 0, -1]])], dim=1)
+    matched = torch.cat([torch.arange(n), torch.zeros(3, dtype=torch.int64)])[None]
+    logits, deltas = torch.randn(n + 3, 4), torch.randn(n + 3, 4, 4)
+    config = dataclasses.replace(TINY, box_beta=beta, class_weight=3.0, box_weight=5.0)
+    losses = BoxLoss(config)(logits, deltas, RoISample(boxes, labels, matched), batch.targets)
+    entropy = -logits.log_softmax(1)[torch.arange(n + 2), labels[0, :-1]].sum()
+    coder = torchvision.models.detection._utils.BoxCoder((10.0, 10.0, 5.0, 5.0))
+    (wanted,) = coder.encode([batch.targets.boxes[0, :n]], [boxes[0, :n]])
+    error = (deltas[torch.arange(n), labels[0, :n]] - wanted).abs()
+    smooth = torch.where(error < beta, 0.5 * error**2 / max(beta, 1e-9), error - 0.5 * beta).sum()
+    torch.testing.assert_close(losses["loss_class"], 3 * entropy / (n + 2))
+    torch.testing.assert_close(losses["loss_box"], 5 * smooth / (n + 2))
+
+
+def test_boxes_are_selected_by_score_class_and_number():
+    # Softmax, threshold, NMS within a class alone, the best few of an image: on logits made for it.
+    config = dataclasses.replace(TINY, score_threshold=0.2, detection_nms_threshold=0.5, max_detections=3)
+    score = lambda *p: [math.log(x) for x in p]
+    logits = torch.tensor(
+        [
+            score(0.05, 0.9, 0.03, 0.02),  # class 1
+            score(0.1, 0.8, 0.05, 0.05),  # class 1 on the same place: suppressed
+            score(0.2, 0.1, 0.65, 0.05),  # class 2 on the same place: kept
+            score(0.1, 0.15, 0.15, 0.6),  # class 3 elsewhere
+            score(0.7, 0.1, 0.1, 0.1),  # background
+            score(0.45, 0.55, 0.0 + 1e-9, 1e-9),  # class 1 elsewhere, fourth: beyond the number
+            score(0.01, 0.97, 0.01, 0.01),  # an empty slot
+        ]
+    )[None]
+    places = torch.tensor([[0, 0, 20, 20.0], [1, 0, 21, 20], [0, 1, 20, 21], [30, 30, 50, 50], [5, 30, 25, 50]])
+    proposals = torch.cat([places, torch.tensor([[30.0, 0, 60, 20], [40, 0, 64, 20]])])[None]
+    valid = torch.tensor([[True] * 6 + [False]])
+    ((boxes, labels, scores),) = BoxSelection(config)(
+        logits, torch.zeros(1, 7, 4, 4), proposals, valid, torch.tensor([[64, 64]])
+    )
+    assert labels.tolist() == [1, 2, 3]
+    torch.testing.assert_close(scores, torch.tensor([0.9, 0.65, 0.6]))
+    torch.testing.assert_close(boxes, proposals[0, [0, 2, 3]])
+
+
+def test_softmax_masks_ignore_what_bce_ignores():
+    # A RoI with no object of its own adds nothing, whichever form the loss has.
+    batch = shapes_batch(1)
+    rois = RoISample(batch.targets.boxes[:, :2], torch.full((1, 2), -1), torch.zeros(1, 2, dtype=torch.int64))
+    for form in ("bce", "softmax", "canvas"):
+        loss = MaskLoss(dataclasses.replace(TINY, mask_loss=form))
+        found = loss(torch.randn(2, 4, 28, 28, requires_grad=True), rois, batch.targets, batch.sizes, (64, 64))
+        assert found["loss_mask"] == 0 and found["loss_mask"].requires_grad

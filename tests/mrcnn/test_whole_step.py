@@ -1,0 +1,131 @@
+"""Images to losses as one graph: no graph break, no data-dependent shape, nothing that waits for the device.
+
+With the Triton ops, as on a GPU. What is inside the ops is tested in tests/kernels/test_registration.py.
+"""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from forbid_sync import forbid_sync
+from model_inputs import FEW, shapes_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels import use_backend
+from kernels.runtime import record_launches
+from mrcnn.modeling import MaskRCNN
+from mrcnn.structures import Targets
+
+OPTIONS = {
+    "torchvision's": {},
+    "tutorial's": {
+        "objectness": "softmax", "anchor_sizes": (16, 32, 64, 128), "anchor_scales": (0.5, 1.0, 2.0),
+        "rpn_low_inclusive": True, "rpn_class_normalizer": "slots", "rpn_box_normalizer": "cells",
+    },
+    "detectron2's": {"roi_aligned": True, "sampling_ratio": 0, "mask_target": "binary", "box_beta": 0.0},
+    "hard negatives": {"rpn_sampling": "hard", "rpn_negative_ratio": 3.0, "rpn_require_overlap": True},
+    "softmax masks": {"mask_loss": "softmax"},
+    "canvas masks": {"mask_loss": "canvas"},
+}  # fmt: skip
+OPS = {"nms_mask", "label_anchors", "box_iou", "roi_align_forward"}
+
+
+def few(option: str) -> MaskRCNN:
+    torch.manual_seed(0)
+    return MaskRCNN(dataclasses.replace(FEW, **OPTIONS[option])).train()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_forward_and_losses_are_one_graph(option):
+    # fullgraph=True raises at the first graph break. The graph holds the Triton ops' own nodes.
+    batch, model = shapes_batch(), few(option)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *args: [torch.zeros(())] * 5  # captured, not run
+
+    torch._dynamo.reset()
+    with use_backend("triton"):
+        losses = torch.compile(model, fullgraph=True, backend=backend)(batch.images, batch.sizes, batch.targets)
+    assert len(losses) == 5
+    (graph,) = graphs
+    nodes = {str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("kernels.")}
+    assert nodes == OPS | ({"mask_bce_rows"} if model.config.mask_loss == "bce" else set())
+
+
+def test_compiled_losses_and_gradients_are_the_eager_ones(device):
+    # Backward comes through AOT autograd; the kernels really run. The same seed draws the same samples.
+    batch = shapes_batch().to(device)
+    model = few("torchvision's").to(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, model):
+        torch.manual_seed(3)
+        model.zero_grad()
+        with use_backend("triton"):
+            losses = run(batch.images, batch.sizes, batch.targets)
+            sum(losses.values()).backward()
+        results.append((losses, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (losses, grads), (expected_losses, expected_grads) = results
+    for name, loss in expected_losses.items():
+        torch.testing.assert_close(losses[name], loss, msg=name)
+    for name, grad in expected_grads.items():
+        assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_shape_depends_on_data(option):
+    # Images to losses and gradients with tensors that have shapes but no values: a nonzero(), an item() or a boolean
+    # index anywhere would raise.
+    batch = shapes_batch()
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode, use_backend("triton"), record_launches():
+        model = few(option)
+        images, sizes = mode.from_tensor(batch.images), mode.from_tensor(batch.sizes)
+        targets = Targets(
+            **{f.name: mode.from_tensor(getattr(batch.targets, f.name)) for f in dataclasses.fields(Targets)}
+        )
+        losses = model(images, sizes, targets)
+        sum(losses.values()).backward()
+    assert all(loss.shape == () for loss in losses.values())
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_nothing_waits_for_the_device(option, monkeypatch):
+    # Real values: forward and backward, with everything forbidden that would make a GPU's host wait.
+    for op in ("roi_align", "mask_bce_loss"):  # they look at indices on a CPU only, where nothing waits
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args: None)
+    batch, model = shapes_batch(), few(option)
+    with use_backend("triton"):
+        model(batch.images, batch.sizes, batch.targets)  # first calls compile and look around
+        with forbid_sync():
+            losses = model(batch.images, batch.sizes, batch.targets)
+            sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_features_are_channels_last_all_the_way(device):
+    # A model in channels_last, as on a GPU, keeps it: no stage turns a map or a pooled RoI back.
+    model = few("torchvision's").to(device, memory_format=torch.channels_last)
+    batch = shapes_batch().to(device)
+    seen = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            maps = output if isinstance(output, list) else [output]
+            seen.setdefault(name, []).extend(m for m in maps if m.ndim == 4 and min(m.shape[1:]) > 1)
+
+        return hook
+
+    for name in ("backbone", "fpn", "box_pool", "mask_pool", "mask_head.convs", "mask_head"):
+        model.get_submodule(name).register_forward_hook(watch(name))
+    images = model.normalize(batch.images, batch.sizes).contiguous(memory_format=torch.channels_last)
+    with use_backend("triton"):
+        model(images, batch.sizes, batch.targets)
+    assert len(seen) == 6
+    for name, maps in seen.items():
+        assert maps, name
+        assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps), name
