@@ -14,7 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from .mask_study.command import mask_study
 from .resources.command import resources
+from .step_profile.command import profile
 
 app = typer.Typer(
     name="mrcnn-bench",
@@ -24,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(resources)
+app.command("mask-study")(mask_study)
+app.command()(profile)
 ROOT = Path(__file__).resolve().parents[1]
 
 Log = Annotated[Path | None, typer.Option(help="Also write the output to this file, as it comes.")]

@@ -44,10 +44,10 @@ class MaskRCNN(nn.Module):
         self.rpn_loss = RPNLoss(config)
         self.proposals = Proposals(config)
         self.roi_sampler = RoISampler(config)
-        self.box_pool = RoIPool(config, config.box_pool_size)
+        self.box_pooler = RoIPool(config, config.box_pool_size)
         self.box_head = BoxHead(config)
         self.box_loss = BoxLoss(config)
-        self.mask_pool = RoIPool(config, config.mask_pool_size)
+        self.mask_pooler = RoIPool(config, config.mask_pool_size)
         self.mask_head = MaskHead(config)
         self.mask_loss = MaskLoss(config)
         self.box_selection = BoxSelection(config)
@@ -81,18 +81,18 @@ class MaskRCNN(nn.Module):
 
         losses = self.rpn_loss(logits, deltas, anchors, targets, len(anchors) // self.anchors.per_cell)
         rois = self.roi_sampler(proposals, valid, targets)
-        losses |= self.box_loss(*self.box_head(self.box_pool(features, rois.boxes)), rois, targets)
+        losses |= self.box_loss(*self.box_head(self.box_pooler(features, rois.boxes)), rois, targets)
         rois = rois.positives(int(self.config.roi_samples * self.config.roi_positive_fraction))
-        mask_logits = self.mask_head(self.mask_pool(features, rois.boxes))
+        mask_logits = self.mask_head(self.mask_pooler(features, rois.boxes))
         return losses | self.mask_loss(mask_logits, rois, targets, sizes, padded_size)
 
     def detect(self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, sizes: Tensor) -> list[Detections]:
         """Detections of each image from its proposals [B, N, 4]."""
-        logits, deltas = self.box_head(self.box_pool(features, proposals))
+        logits, deltas = self.box_head(self.box_pooler(features, proposals))
         shape = proposals.shape[:2]
         selected = self.box_selection(logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, valid, sizes)
         rois = torch.cat([F.pad(boxes, (1, 0), value=i) for i, (boxes, _, _) in enumerate(selected)])
-        return split_masks(self.mask_head(self.mask_pool(features, rois)), selected, self.config.mask_loss)
+        return split_masks(self.mask_head(self.mask_pooler(features, rois)), selected, self.config.mask_loss)
 
 
 class Normalize(nn.Module):

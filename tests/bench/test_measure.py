@@ -10,7 +10,7 @@ from tiny_workloads import tiny
 from bench import measure
 from bench.measure import measure_call
 from bench.providers import Provider, Variant, get_provider
-from bench.timing import CpuClock, left_running
+from bench.timing import SLOW_ROUNDS, CpuClock, left_running
 from bench.workloads import Call
 
 FORWARD = Call(tiny("roi_align"), "forward", torch.float32)
@@ -34,7 +34,9 @@ def measure_with(monkeypatch, call, cheat):
 
 def assert_only_the_cheat_is_red(rows, reason):
     honest, cheat = rows
-    assert honest["status"] == "ok" and len(honest["times"]["op_eager"]) == len(honest["twin"]["op_eager"]) >= 15
+    # On a busy machine either may be taken for a slow call, which gets fewer rounds.
+    assert honest["status"] == "ok" and len(honest["times"]["op_eager"]) >= SLOW_ROUNDS
+    assert len(honest["twin"]["op_eager"]) >= SLOW_ROUNDS
     assert cheat["status"] == "red" and reason in cheat["reason"]
     assert "times" not in cheat and "first_call" not in cheat
 

@@ -124,8 +124,9 @@ def test_every_configuration_is_traced_whole(name, training):
     assert (summary.backward_flops > summary.flops) == training
     children = {n for n, _ in model.named_children()}
     stages = {stage.name.partition(".")[0] for stage in summary.stages}
-    either = {"rpn_loss", "roi_sampler", "box_loss", "mask_loss"} if training else {"box_selection"}
-    assert stages - children <= {"input", "detections"} and either <= stages
+    losses = {"rpn_loss", "roi_sampler", "box_loss", "mask_loss"}
+    detection = {"box_selection"}
+    assert stages == ({"input", *children} - detection if training else {"input", "detections", *children} - losses)
 
 
 @pytest.mark.parametrize(

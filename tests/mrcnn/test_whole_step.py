@@ -120,7 +120,7 @@ def test_features_are_channels_last_all_the_way(device):
 
         return hook
 
-    for name in ("backbone", "fpn", "box_pool", "mask_pool", "mask_head.convs", "mask_head"):
+    for name in ("backbone", "fpn", "box_pooler", "mask_pooler", "mask_head.convs", "mask_head"):
         model.get_submodule(name).register_forward_hook(watch(name))
     images = model.normalize(batch.images, batch.sizes).contiguous(memory_format=torch.channels_last)
     with use_backend("triton"):

@@ -1,0 +1,74 @@
+"""The loop over seeds and arms, with progress; every finished run is written at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..environment import describe_environment
+from .arms import ARMS, arm_config
+from .measure import run_pair
+from .record import MaskStudyError, Record, load_record, source_hash, study_settings
+
+
+def run_study(
+    out: Path, seeds: Sequence[int], steps: int, images: int, device: torch.device, console: Console
+) -> Record:
+    """Run what is missing, all arms of a seed before the next seed; returns the record with all runs.
+
+    Raises:
+        MaskStudyError: `out` holds a study with other settings, or a number is too small.
+    """
+    if min(len(seeds), steps, images) < 1:
+        raise MaskStudyError(f"seeds, steps and images must be at least 1, got {len(seeds)}, {steps} and {images}")
+    record = load_record(out, study_settings(steps, images, device.type), _environment())
+    missing = [(seed, arm) for seed in seeds for arm in ARMS if record.run(arm, seed) is None]
+    if kept := len(ARMS) * len(seeds) - len(missing):
+        console.print(f"kept from before: {kept} of {len(ARMS) * len(seeds)} runs")
+    source = source_hash()  # now: a file that changes while the study runs is not what was imported
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        everything = progress.add_task("all steps", total=len(missing) * steps)
+        for seed, arm in missing:
+            progress.update(everything, description=f"seed {seed}, {arm}")
+            result = run_pair(arm_config(arm, seed, steps), images, device, lambda: progress.advance(everything))
+            record.runs.append(
+                {"arm": arm, "seed": seed, **result, "source": source, "threads": torch.get_num_threads()}
+            )
+            record.save(out)
+            console.print(describe(record.runs[-1]))
+    return record
+
+
+def describe(run: dict) -> str:
+    """One line about a finished run."""
+    metrics = run["metrics"]
+    names = ("segm_AP", "segm_AP50", "bbox_AP", "given_iou", "best_iou", "best_merged", "jump")
+    values = ", ".join(f"{name} {metrics[name]:.3f}" for name in names if metrics[name] is not None)
+    return f"seed {run['seed']} {run['arm']:7s} {values}; {run['train_seconds'] + run['measure_seconds']:.0f} s"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        MaskStudyError: no such device, or no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise MaskStudyError(f"unknown device {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MaskStudyError("no GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _environment() -> dict[str, object]:
+    """As of the first run; thread counts are those of this study, not of the clock's."""
+    environment = describe_environment()
+    return {key: environment[key] for key in ("gpu", "driver", "versions", "cuda", "python", "cpu_name")} | {
+        "cpus": os.cpu_count()
+    }
