@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-SEEDS, STEPS, IMAGES = 5, 160, 48
+SEEDS, STEPS, IMAGES = 5, 200, 40
 
 
 def mask_study(
