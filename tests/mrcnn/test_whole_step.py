@@ -17,16 +17,18 @@ from kernels.runtime import record_launches
 from mrcnn.modeling import MaskRCNN
 from mrcnn.structures import Targets
 
+# Every way through the stages is in one of these.
 OPTIONS = {
     "torchvision's": {},
-    "tutorial's": {
+    "tutorial's, hard negatives, canvas": {
         "objectness": "softmax", "anchor_sizes": (16, 32, 64, 128), "anchor_scales": (0.5, 1.0, 2.0),
-        "rpn_low_inclusive": True, "rpn_class_normalizer": "slots", "rpn_box_normalizer": "cells",
+        "rpn_low_inclusive": True, "rpn_require_overlap": True, "rpn_sampling": "hard", "rpn_negative_ratio": 3.0,
+        "rpn_class_normalizer": "slots", "rpn_box_normalizer": "cells", "mask_loss": "canvas",
     },
-    "detectron2's": {"roi_aligned": True, "sampling_ratio": 0, "mask_target": "binary", "box_beta": 0.0},
-    "hard negatives": {"rpn_sampling": "hard", "rpn_negative_ratio": 3.0, "rpn_require_overlap": True},
-    "softmax masks": {"mask_loss": "softmax"},
-    "canvas masks": {"mask_loss": "canvas"},
+    "detectron2's, softmax": {
+        "roi_aligned": True, "sampling_ratio": 0, "mask_target": "binary", "box_beta": 0.0,
+        "rpn_class_normalizer": "positives", "mask_loss": "softmax",
+    },
 }  # fmt: skip
 OPS = {"nms_mask", "label_anchors", "box_iou", "roi_align_forward"}
 
