@@ -7,12 +7,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-SEEDS, STEPS, IMAGES = 5, 200, 40
+SEEDS, STEPS, IMAGES = 5, 300, 40
 
 
 def mask_study(
     out: Annotated[Path, typer.Option(help="Folder for study.json and the report; a study in it is continued.")] = Path(
-        "reports/mask-study"
+        "runs/mask-study"
     ),
     seeds: Annotated[int, typer.Option(help="Runs an arm; the arms are compared seed by seed.")] = SEEDS,
     steps: Annotated[int, typer.Option(help="Training steps a run.")] = STEPS,

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mrcnn.config import Config
 from mrcnn.data.collate import mask_to_dense
@@ -22,6 +22,7 @@ from mrcnn.modeling.detections import Detections
 from mrcnn.modeling.mask_losses import mask_probabilities
 from mrcnn.optim import build_optimizer, build_schedule
 from mrcnn.structures import Batch
+from mrcnn.train import training_step
 
 from .arms import JUMP_CAP, JUMP_WINDOW, SHEET_IMAGES, THRESHOLD, THRESHOLDS, held_out_set, training_set
 from .merging import Tally, match
@@ -66,17 +67,10 @@ def train_arm(
     schedule = build_schedule(optimizer, train)
     totals, masks = [], []
     for batch in training_batches(training_set(config), config):
-        batch = batch.to(device, non_blocking=True)
-        with autocast(device):
-            losses = model(batch.images, batch.sizes, batch.targets)
-        total = sum(losses.values())
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
-        optimizer.step()
+        losses = training_step(model, batch.to(device, non_blocking=True), optimizer, train.clip_norm)
         schedule.step()
-        totals.append(total.detach())
-        masks.append(losses["loss_mask"].detach())
+        totals.append(sum(losses.values()))
+        masks.append(losses["loss_mask"])
         on_step()
     return model, {"total": _numbers(totals), "mask": _numbers(masks)}
 

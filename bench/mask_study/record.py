@@ -17,6 +17,13 @@ STUDY_FILE = "study.json"
 # What a result depends on. The device is among them: on a GPU the model computes in bf16.
 COMPARED = ("steps", "images", "device", "kinds", "config", "pictures", "claims")
 
+# What a run's numbers come from.
+SOURCES = (
+    *("kernels", "mrcnn/config", "mrcnn/data", "mrcnn/modeling", "mrcnn/structures.py"),
+    *("mrcnn/loader.py", "mrcnn/optim.py", "mrcnn/train.py", "mrcnn/inference.py", "mrcnn/evaluation.py"),
+    *("bench/mask_study/arms.py", "bench/mask_study/measure.py", "bench/mask_study/merging.py"),
+)
+
 
 class MaskStudyError(Exception):
     """Something that the user can mend; the message is a sentence for them."""
@@ -27,7 +34,6 @@ class Record:
     """What study.json holds."""
 
     settings: dict[str, Any]
-    environment: dict[str, Any]
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, arm: str, seed: int) -> dict[str, Any] | None:
@@ -36,7 +42,7 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """Write study.json whole or not at all, a line a run."""
-        head = json.dumps({"settings": self.settings, "environment": self.environment}, indent=1)
+        head = json.dumps({"settings": self.settings}, indent=1)
         lines = ",\n".join(json.dumps(run) for run in self.runs)
         write_whole(folder / STUDY_FILE, f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n'.encode())
 
@@ -58,9 +64,7 @@ def study_settings(steps: int, images: int, device: str) -> dict[str, Any]:
     return json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists
 
 
-def load_record(
-    folder: Path, settings: dict[str, Any] | None = None, environment: dict[str, Any] | None = None
-) -> Record:
+def load_record(folder: Path, settings: dict[str, Any] | None = None) -> Record:
     """The record in `folder`, or a new one.
 
     Raises:
@@ -70,10 +74,10 @@ def load_record(
     if not file.exists():
         if settings is None:
             raise MaskStudyError(f"{folder} holds no {STUDY_FILE}")
-        return Record(settings, environment or {})
+        return Record(settings)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        record = Record(values["settings"], values["environment"], values["runs"])
+        record = Record(values["settings"], values["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MaskStudyError(f"{file} cannot be read ({error}): mend it or choose another folder") from None
     if settings is not None:
@@ -95,10 +99,10 @@ def _pictures() -> str:
 
 
 def source_hash() -> str:
-    """Of all code that a run depends on: the model, the ops, the study; comments and docstrings do not count."""
+    """Of the code that a run's numbers come from: comments and docstrings do not count."""
     digest = hashlib.sha256()
-    for folder in ("mrcnn", "kernels", "bench/mask_study"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            code = code_of(file.read_text(encoding="utf-8"))
-            digest.update(f"{file.relative_to(ROOT).as_posix()}\n{code}\n".encode())
+    files = [file for place in SOURCES for file in sorted((ROOT / place).rglob("*.py")) or [ROOT / place]]
+    for file in files:
+        code = code_of(file.read_text(encoding="utf-8"))
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\n{code}\n".encode())
     return digest.hexdigest()[:12]

@@ -193,22 +193,32 @@ def _limits(record: Record) -> str:
     )
 
 
-def _ran(record: Record) -> str:
-    environment, settings = record.environment, record.settings
-    seconds = sum(run["train_seconds"] + run["measure_seconds"] for run in record.runs)
+def _machine(run: dict, device: str) -> str:
+    """Where a run was made, by what."""
+    environment = run["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    threads = sorted({run["threads"] for run in record.runs})
     machine = (
-        (environment["gpu"] or {}).get("name")
-        if settings["device"] == "cuda"
-        else f"{environment['cpu_name'] or 'a CPU'} ({environment['cpus']} cores, {_list(threads)} in use, no GPU)"
+        environment["gpu"]["name"]
+        if device == "cuda"
+        else f"{environment['cpu_name'] or 'a CPU'} ({environment['cpus']} cores, {run['threads']} in use, no GPU)"
     )
-    sources = sorted({run["source"] for run in record.runs})
+    return f"{machine}; Python {environment['python']}, {versions}"
+
+
+def _commit(run: dict) -> str:
+    commit = run["commit"]
+    return f"`{commit['id'][:12]}`" + (" and uncommitted changes" if commit["dirty"] else "")
+
+
+def _ran(record: Record) -> str:
+    settings, runs = record.settings, record.runs
+    seconds = sum(run["train_seconds"] + run["measure_seconds"] for run in runs)
+    sources = sorted({run["source"] for run in runs})
     lines = [
-        f"- {machine}; Python {environment['python']}, {versions}",
-        f"- {len(record.runs)} runs, seeds {_list(sorted({run['seed'] for run in record.runs}))}, "
-        f"{seconds / 60:.0f} minutes in all",
-        f"- Source: `{'`, `'.join(sources)}`" + (" (**more than one**)" if len(sources) > 1 else ""),
+        *(f"- {machine}" for machine in dict.fromkeys(_machine(run, settings["device"]) for run in runs)),
+        f"- {len(runs)} runs, seeds {_list(sorted({run['seed'] for run in runs}))}, {seconds / 60:.0f} minutes in all",
+        f"- Commit {', '.join(dict.fromkeys(map(_commit, runs))) or 'none'}; hash of the code that counts: "
+        f"`{'`, `'.join(sources)}`" + (" (**more than one**)" if len(sources) > 1 else ""),
         f"- Every run's curves and numbers: [{STUDY_FILE}]({STUDY_FILE})",
     ]
     count = len({run["seed"] for run in record.runs})

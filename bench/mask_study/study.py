@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..environment import describe_environment
+from ..environment import describe_commit, describe_environment
 from .arms import ARMS, arm_config
 from .measure import run_pair
 from .record import MaskStudyError, Record, load_record, source_hash, study_settings
@@ -26,20 +26,21 @@ def run_study(
     """
     if min(len(seeds), steps, images) < 1:
         raise MaskStudyError(f"seeds, steps and images must be at least 1, got {len(seeds)}, {steps} and {images}")
-    record = load_record(out, study_settings(steps, images, device.type), _environment())
+    record = load_record(out, study_settings(steps, images, device.type))
     missing = [(seed, arm) for seed in seeds for arm in ARMS if record.run(arm, seed) is None]
     if kept := len(ARMS) * len(seeds) - len(missing):
         console.print(f"kept from before: {kept} of {len(ARMS) * len(seeds)} runs")
-    source = source_hash()  # now: a file that changes while the study runs is not what was imported
+    # Now: a file that changes while the study runs is not what was imported.
+    made_by = {"source": source_hash(), "commit": describe_commit(), "threads": torch.get_num_threads()}
+    made_by |= {"environment": _environment()}
+    record.save(out)  # an unwritable folder is found before the work
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         everything = progress.add_task("all steps", total=len(missing) * steps)
         for seed, arm in missing:
             progress.update(everything, description=f"seed {seed}, {arm}")
             result = run_pair(arm_config(arm, seed, steps), images, device, lambda: progress.advance(everything))
-            record.runs.append(
-                {"arm": arm, "seed": seed, **result, "source": source, "threads": torch.get_num_threads()}
-            )
+            record.runs.append({"arm": arm, "seed": seed, **result, **made_by})
             record.save(out)
             console.print(describe(record.runs[-1]))
     return record
