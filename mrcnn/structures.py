@@ -29,7 +29,7 @@ class _Movable:
 
 @dataclass
 class Targets(_Movable):
-    """Ground truth of a batch: B images, G slots each, masks cropped to their objects in one flat pool.
+    """Ground truth of a batch: B images, G >= 1 slots each, masks cropped to their objects in one flat pool.
 
     The mask pool costs the objects' own area instead of G x H x W: object g of image b occupies
     `mask_pool[o : o + (y1 - y0) * (x1 - x0)]`, row-major, with `o = mask_offset[b, g]` and

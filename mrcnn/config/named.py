@@ -1,6 +1,6 @@
 """The named configurations: three that people compare with, one to learn from, one for a CPU.
 
-What each of them changes against the defaults of `schema.py`, which are torchvision's, is all that is written here.
+What each of them changes against the defaults of `schema.py` is all that is written here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The keys of a configuration, what they mean, and torchvision's values as defaults."""
+"""The keys of a configuration and what they mean.
+
+The model's defaults are those of torchvision's maskrcnn_resnet50_fpn, the training's those of detectron2's 1x schedule.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,9 @@ class ModelConfig:
     mask_layers: int = 4
     mask_channels: int = 256
     mask_loss: Literal["bce", "softmax", "canvas"] = "bce"  # see modeling/mask_losses.py
-    mask_target: Literal["soft", "binary"] = "soft"  # torchvision's, or detectron2's: aligned, thresholded
+    mask_target: Literal["soft", "binary"] = (
+        "soft"  # torchvision's, or detectron2's: aligned, thresholded; not of canvas
+    )
     head_norm: Literal["none", "bn", "sync_bn", "gn"] = "none"  # of the box and mask heads' convolutions
 
     # Weights of the losses in the total: the paper's lambda is rpn_box_weight

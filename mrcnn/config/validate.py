@@ -38,6 +38,8 @@ def _validate_model(model: ModelConfig) -> None:
     for name in ("rpn_positive_fraction", "roi_positive_fraction"):
         if not 0 < getattr(model, name) <= 1:
             raise ConfigError(f"model.{name} must be in (0, 1], got {getattr(model, name)}")
+    if int(model.roi_samples * model.roi_positive_fraction) < 1:
+        raise ConfigError("model.roi_samples x model.roi_positive_fraction must be at least 1, or no mask is trained")
     if len(model.anchor_sizes) not in (4, 5):
         raise ConfigError("model.anchor_sizes needs one size a level: four for P2..P5, five for P2..P6")
     for name in ("anchor_scales", "aspect_ratios"):

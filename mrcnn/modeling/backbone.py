@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
@@ -14,10 +15,22 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..errors import ConfigError
 
+
+class FrozenBatchNorm(FrozenBatchNorm2d):
+    """torchvision's, but in the dtype of its input: theirs promotes the activations of bf16 autocast to fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same, scaled and shifted by constants."""
+        constants = (self.running_mean, self.running_var, self.weight, self.bias)
+        if x.dtype == torch.float64:  # a model made so for exactness; half types take fp32 constants
+            constants = [c.double() for c in constants]
+        return F.batch_norm(x, *constants, training=False, eps=self.eps)
+
+
 NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "none": None,
     "bn": nn.BatchNorm2d,
-    "frozen_bn": FrozenBatchNorm2d,
+    "frozen_bn": FrozenBatchNorm,
     "sync_bn": nn.SyncBatchNorm,
     "gn": functools.partial(nn.GroupNorm, 32),
 }

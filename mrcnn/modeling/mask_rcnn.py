@@ -21,6 +21,14 @@ from .mask_losses import MaskLoss
 from .roi_heads import BoxLoss, RoIPool, RoISampler
 from .rpn import Proposals, RPNHead, RPNLoss
 
+BUILT_BY = {
+    *("num_classes", "backbone", "weights", "norm", "frozen_stages", "fpn_channels", "fpn_norm"),
+    *("anchor_sizes", "anchor_scales", "aspect_ratios", "round_anchors", "rpn_layers", "objectness"),
+    *("box_pool_size", "box_conv_layers", "box_fc_layers", "box_channels"),
+    *("mask_pool_size", "mask_layers", "mask_channels", "head_norm"),
+}
+"""Keys of the configuration that only construction reads."""
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
@@ -53,7 +61,13 @@ class MaskRCNN(nn.Module):
         self.box_selection = BoxSelection(config)
 
     def configure(self, **changes: Any) -> None:
-        """Change values of the configuration that no weight's shape depends on, such as thresholds, in all stages."""
+        """Change values of the configuration in all stages: thresholds, numbers, weights of losses.
+
+        Raises:
+            ValueError: a value that the model was built by.
+        """
+        if fixed := sorted(changes.keys() & BUILT_BY):
+            raise ValueError(f"{', '.join(fixed)} cannot change once the model is built: build another MaskRCNN")
         config = dataclasses.replace(self.config, **changes)
         for module in self.modules():
             if isinstance(getattr(module, "config", None), ModelConfig):

@@ -38,20 +38,54 @@ def mask_targets(
     Returns:
         [B, S, size, size] fp32 in [0, 1].
     """
-    rows = boxes.flatten(0, 1)
-    lengths = sizes[:, None].expand(-1, boxes.shape[1], -1).flatten(0, 1)
-    weights_y = _axis_weights(rows[:, 1], rows[:, 3], size, lengths[:, 0], padded_size[0], aligned)
-    weights_x = _axis_weights(rows[:, 0], rows[:, 2], size, lengths[:, 1], padded_size[1], aligned)
     offset = take(targets.mask_offset[..., None], matched).flatten()
-    extent = take(targets.mask_extent, matched).flatten(0, 1).long()
-    out = rows.new_empty(len(rows), size, size)
-    chunk = max(1, CHUNK_PIXELS // (padded_size[0] * padded_size[1]))
-    for first in range(0, len(rows), chunk):
+    extent = take(targets.mask_extent, matched).flatten(0, 1)
+    lengths = sizes[:, None].expand(-1, boxes.shape[1], -1).flatten(0, 1)
+    rows = boxes.flatten(0, 1)
+    out = _project(targets.mask_pool, offset, extent, rows, lengths, size, *padded_size, aligned)
+    return out.view(*boxes.shape[:2], size, size)
+
+
+# Operators of their own: they work in chunks whose number depends on the image's size, which torch.compile would unroll
+# and compile again for every size.
+@torch.library.custom_op("mrcnn::project_masks", mutates_args=())
+def _project(
+    pool: Tensor,
+    offset: Tensor,
+    extent: Tensor,
+    boxes: Tensor,
+    lengths: Tensor,
+    size: int,
+    height: int,
+    width: int,
+    aligned: bool,
+) -> Tensor:
+    """Masks at `offset` [N] and `extent` [N, 4] of the pool, in boxes [N, 4] of images of `lengths` [N, 2]."""
+    weights_y = _axis_weights(boxes[:, 1], boxes[:, 3], size, lengths[:, 0], height, aligned)
+    weights_x = _axis_weights(boxes[:, 0], boxes[:, 2], size, lengths[:, 1], width, aligned)
+    out = boxes.new_empty(len(boxes), size, size)
+    chunk = max(1, CHUNK_PIXELS // (height * width))
+    for first in range(0, len(boxes), chunk):
         part = slice(first, first + chunk)
-        mask = _full_size(targets.mask_pool, offset[part], extent[part], *padded_size)
+        mask = _full_size(pool, offset[part], extent[part].long(), height, width)
         with torch.autocast(boxes.device.type, enabled=False):  # or the products would be rounded to bf16
             out[part] = weights_y[part] @ mask @ weights_x[part].transpose(1, 2)
-    return out.view(*boxes.shape[:2], size, size)
+    return out
+
+
+@_project.register_fake
+def _(
+    pool: Tensor,
+    offset: Tensor,
+    extent: Tensor,
+    boxes: Tensor,
+    lengths: Tensor,
+    size: int,
+    height: int,
+    width: int,
+    aligned: bool,
+) -> Tensor:
+    return boxes.new_empty(boxes.shape[0], size, size)
 
 
 def _axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_length: int, aligned: bool) -> Tensor:
@@ -99,16 +133,25 @@ def canvas_targets(targets: Targets, boxes: Tensor, size: int, padded_size: tupl
 
 def class_map(targets: Targets, padded_size: tuple[int, int]) -> Tensor:
     """The class of each pixel of each image, [B, H, W] int64, 0 background; the smaller extent lies on top."""
-    extent = targets.mask_extent.long()
+    return _paint(targets.mask_pool, targets.mask_offset, targets.mask_extent, targets.labels, *padded_size)
+
+
+@torch.library.custom_op("mrcnn::paint_classes", mutates_args=())
+def _paint(pool: Tensor, offset: Tensor, extent: Tensor, labels: Tensor, height: int, width: int) -> Tensor:
+    extent = extent.long()
     area = (extent[..., 2] - extent[..., 0]) * (extent[..., 3] - extent[..., 1])
     order = area.argsort(dim=1, descending=True, stable=True)
-    offset, label = targets.mask_offset.gather(1, order), targets.labels.gather(1, order)
-    extent = take(extent, order)
-    canvas = label.new_zeros(len(label), *padded_size)
-    for slot in range(label.shape[1]):
-        mask = _full_size(targets.mask_pool, offset[:, slot], extent[:, slot], *padded_size)
-        canvas = torch.where(mask > 0, label[:, slot, None, None], canvas)
+    offset, labels, extent = offset.gather(1, order), labels.gather(1, order), take(extent, order)
+    canvas = labels.new_zeros(len(labels), height, width)
+    for slot in range(labels.shape[1]):
+        mask = _full_size(pool, offset[:, slot], extent[:, slot], height, width)
+        canvas = torch.where(mask > 0, labels[:, slot, None, None], canvas)
     return canvas
+
+
+@_paint.register_fake
+def _(pool: Tensor, offset: Tensor, extent: Tensor, labels: Tensor, height: int, width: int) -> Tensor:
+    return labels.new_empty(labels.shape[0], height, width)
 
 
 def _full_size(pool: Tensor, offset: Tensor, extent: Tensor, height: int, width: int) -> Tensor:

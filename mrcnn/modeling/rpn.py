@@ -83,9 +83,12 @@ class RPNLoss(nn.Module):
             require_overlap=config.rpn_require_overlap,
         )
         index, drawn, positive = self.sample(labels, logits)
-        objectness = F.binary_cross_entropy_with_logits(logits.gather(1, index), positive.float(), reduction="none")
+        # Replaced before the losses: NaN in a slot that does not count times a zero gradient is still NaN.
+        logits = torch.where(drawn, logits.gather(1, index), 0)
+        deltas = torch.where(positive[..., None], take(deltas, index), 0)
+        objectness = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
         wanted = encode(take(targets.boxes, matched.long().gather(1, index)), anchors[index])
-        error = F.smooth_l1_loss(take(deltas, index), wanted, beta=config.rpn_box_beta, reduction="none").sum(-1)
+        error = F.smooth_l1_loss(deltas, wanted, beta=config.rpn_box_beta, reduction="none").sum(-1)
         # "slots" counts what was asked for, also where an image has fewer anchors than that.
         numbers = {
             "sampled": drawn.sum().clamp(min=1),

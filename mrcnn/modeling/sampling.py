@@ -44,7 +44,10 @@ def sample(
     # Priority: chosen positives in [2, 3), negatives in [0, 1], everything else negative.
     priority = torch.where(labels == 0, negative_key, -1)
     priority = priority.scatter(1, index, torch.where(chance >= 0, chance + 2, priority.gather(1, index)))
-    chosen, index = priority.topk(size, dim=1)
+    if hardness is None:
+        chosen, index = priority.topk(size, dim=1)
+    else:  # of equally hard ones the first, on every device; random keys are hardly ever equal
+        chosen, index = (part[:, :size] for part in priority.sort(dim=1, descending=True, stable=True))
     drawn, positive = chosen >= 0, chosen >= 2
     if negative_ratio > 0:
         number = positive.sum(dim=1, keepdim=True)

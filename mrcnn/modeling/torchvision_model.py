@@ -10,6 +10,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from ..config import Config
 from ..data.collate import targets_from_lists
+from ..errors import ConfigError
 from .mask_rcnn import IMAGE_MEAN, IMAGE_STD, MaskRCNN
 
 # torchvision's parameter names (0.26 to 0.29) and ours.
@@ -19,7 +20,7 @@ _NAMES = (
     (r"^backbone\.body\.layer(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
     (r"^backbone\.fpn\.inner_blocks\.", "fpn.lateral."),
     (r"^backbone\.fpn\.layer_blocks\.", "fpn.output."),
-    (r"^rpn\.head\.conv\.", "rpn.convs."),
+    (r"^rpn\.head\.conv\.(\d)\.", r"rpn.convs.\1."),
     (r"^rpn\.head\.cls_logits\.", "rpn.objectness."),
     (r"^rpn\.head\.bbox_pred\.", "rpn.deltas."),
     (r"^roi_heads\.box_head\.fc6\.", "box_head.fcs.0."),
@@ -28,21 +29,32 @@ _NAMES = (
     (r"^roi_heads\.box_head\.5\.", "box_head.fcs.0."),
     (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
-    (r"^roi_heads\.mask_head\.", "mask_head.convs."),
+    (r"^roi_heads\.mask_head\.(\d)\.", r"mask_head.convs.\1."),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv."),
     (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
 )
 
 
 def from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The `state_dict()` of torchvision's `maskrcnn_resnet50_fpn` or `..._v2` under this project's names."""
+    """The `state_dict()` of torchvision's `maskrcnn_resnet50_fpn` or `..._v2` under this project's names.
+
+    (For its COCO_V1 weights torchvision also sets the eps of every frozen batch norm to 0.)
+
+    Raises:
+        ValueError: a name that those models do not have.
+    """
     renamed = {}
     for name, value in state_dict.items():
         for pattern, replacement in _NAMES:
-            name, found = re.subn(pattern, replacement, name)
+            new, found = re.subn(pattern, replacement, name)
             if found:
+                renamed[new] = value
                 break
-        renamed[name] = value
+        else:
+            raise ValueError(
+                f"{name} is not a name of torchvision's model; of an old file, load it into torchvision's model first "
+                "and pass that model's state_dict()"
+            )
     return renamed
 
 
@@ -64,6 +76,8 @@ class TorchvisionMaskRCNN(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        if config.data.image_size == 0:
+            raise ConfigError("torchvision's transform always resizes: data.image_size must be above 0")
         self.model = MaskRCNN(config.model)
         size = (config.data.image_size, config.data.max_size)
         self.transform = GeneralizedRCNNTransform(*size, list(IMAGE_MEAN), list(IMAGE_STD))

@@ -68,6 +68,14 @@ def test_norms(norm, layer):
     assert len(list(norms[0].parameters())) == (0 if norm == "frozen_bn" else 2)
 
 
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
+def test_autocast_keeps_bf16(norm):
+    # Activations are the memory of training: torchvision's frozen batch norm would make them fp32 again.
+    with torch.autocast("cpu", torch.bfloat16):
+        features = ResNet("resnet18", norm)(torch.randn(1, 3, 64, 64))
+    assert all(f.dtype == torch.bfloat16 for f in features)
+
+
 @pytest.mark.parametrize("stages", range(6))
 def test_frozen_stages(stages):
     # The first n of stem, C2..C5 get no gradient, and their batch norm does not move, though the model trains.

@@ -1,9 +1,11 @@
 """Configurations: names, files, overrides, and an answer to every mistake."""
 
 import dataclasses
+import inspect
 import json
 
 import pytest
+from torchvision.models.detection import FasterRCNN
 
 from mrcnn.config import CONFIGS, config_from_dict, load_config, validate
 from mrcnn.errors import ConfigError
@@ -141,3 +143,65 @@ def test_bad_files(name, content, message, tmp_path):
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_config(str(path))
+
+
+# What detectron2's configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml and the defaults under it say, and what
+# the tutorial does (reports/tutorial/README.md), written out once more.
+SAID = {
+    "detectron2": {
+        "backbone": "resnet50", "norm": "frozen_bn", "frozen_stages": 2, "fpn_channels": 256, "fpn_norm": "none",
+        "anchor_sizes": (32, 64, 128, 256, 512), "anchor_scales": (1.0,), "aspect_ratios": (0.5, 1.0, 2.0),
+        "round_anchors": False, "rpn_layers": 1, "objectness": "sigmoid", "rpn_high_threshold": 0.7,
+        "rpn_low_threshold": 0.3, "rpn_low_inclusive": False, "rpn_require_overlap": False, "rpn_samples": 256,
+        "rpn_positive_fraction": 0.5, "rpn_class_normalizer": "slots", "rpn_box_normalizer": "slots",
+        "rpn_box_beta": 0.0, "rpn_nms_threshold": 0.7, "pre_nms_top_n": (2000, 1000), "post_nms_top_n": (1000, 1000),
+        "roi_samples": 512, "roi_positive_fraction": 0.25, "roi_threshold": 0.5, "canonical_scale": 224,
+        "roi_aligned": True, "sampling_ratio": 0, "box_pool_size": 7, "box_conv_layers": 0, "box_fc_layers": 2,
+        "box_channels": 1024, "box_beta": 0.0, "mask_pool_size": 14, "mask_layers": 4, "mask_channels": 256,
+        "mask_loss": "bce", "mask_target": "binary", "head_norm": "none", "score_threshold": 0.05,
+        "detection_nms_threshold": 0.5, "max_detections": 100,
+    },
+    "tutorial": {
+        "num_classes": 81, "backbone": "resnet50", "norm": "bn", "frozen_stages": 0, "fpn_channels": 256,
+        "anchor_sizes": (32, 64, 128, 256), "anchor_scales": (0.5, 1.0, 2.0), "aspect_ratios": (0.5, 1.0, 2.0),
+        "objectness": "softmax", "rpn_high_threshold": 0.7, "rpn_low_threshold": 0.3, "rpn_low_inclusive": True,
+        "rpn_samples": 256, "rpn_positive_fraction": 0.5, "rpn_class_normalizer": "slots",
+        "rpn_box_normalizer": "slots", "rpn_box_beta": 1.0, "rpn_nms_threshold": 0.7, "post_nms_top_n": (1000, 300),
+        "canonical_scale": 224, "sampling_ratio": 2, "roi_aligned": False, "box_pool_size": 7, "box_fc_layers": 2,
+        "box_channels": 1024, "mask_pool_size": 14, "mask_layers": 4, "mask_loss": "bce", "mask_target": "soft",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_named_configurations_are_what_they_are_named_after(name):
+    # Nothing else would notice a number that changed.
+    model = vars(CONFIGS[name].model)
+    assert {key: model[key] for key in SAID[name]} == SAID[name]
+
+
+@pytest.mark.parametrize("name", ["torchvision", "torchvision_v2"])
+def test_torchvisions_numbers_are_its_own(name):
+    # Read from the defaults of the installed torchvision's MaskRCNN.
+    theirs = {k: p.default for k, p in inspect.signature(FasterRCNN.__init__).parameters.items()}
+    model = CONFIGS[name].model
+    assert (model.rpn_high_threshold, model.rpn_low_threshold) == (
+        theirs["rpn_fg_iou_thresh"],
+        theirs["rpn_bg_iou_thresh"],
+    )
+    assert model.pre_nms_top_n == (theirs["rpn_pre_nms_top_n_train"], theirs["rpn_pre_nms_top_n_test"])
+    assert model.post_nms_top_n == (theirs["rpn_post_nms_top_n_train"], theirs["rpn_post_nms_top_n_test"])
+    assert model.rpn_samples == theirs["rpn_batch_size_per_image"]
+    assert model.rpn_positive_fraction == theirs["rpn_positive_fraction"]
+    assert model.rpn_nms_threshold == theirs["rpn_nms_thresh"]
+    assert (model.roi_samples, model.roi_positive_fraction) == (
+        theirs["box_batch_size_per_image"],
+        theirs["box_positive_fraction"],
+    )
+    assert model.roi_threshold == theirs["box_fg_iou_thresh"] == theirs["box_bg_iou_thresh"]
+    assert (model.score_threshold, model.detection_nms_threshold) == (
+        theirs["box_score_thresh"],
+        theirs["box_nms_thresh"],
+    )
+    assert model.max_detections == theirs["box_detections_per_img"]
+    assert (CONFIGS[name].data.image_size, CONFIGS[name].data.max_size) == (theirs["min_size"], theirs["max_size"])

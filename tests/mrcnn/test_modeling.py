@@ -117,4 +117,6 @@ def test_configure_reaches_every_stage():
     model = MaskRCNN(TINY)
     model.configure(max_detections=3, roi_samples=7)
     configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    with pytest.raises(ValueError, match="anchor_sizes, mask_pool_size cannot change once the model is built"):
+        model.configure(anchor_sizes=(9,) * 5, mask_pool_size=7)
     assert len(configs) == 1 and model.config.max_detections == 3 and model.roi_sampler.config.roi_samples == 7

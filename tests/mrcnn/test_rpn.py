@@ -12,11 +12,11 @@ from mrcnn.modeling.boxes import encode
 from mrcnn.modeling.rpn import Proposals, RPNHead, RPNLoss
 
 
-def one_object(*boxes):
-    """Targets of one image with these boxes."""
+def one_object(*boxes, images=1):
+    """Targets of images with these boxes in each."""
     masks = torch.ones(len(boxes), 100, 100, dtype=torch.uint8)
     labels = torch.ones(len(boxes), dtype=torch.int64)
-    return targets_from_lists([{"boxes": torch.tensor(boxes), "labels": labels, "masks": masks}])
+    return targets_from_lists([{"boxes": torch.tensor(boxes), "labels": labels, "masks": masks}] * images)
 
 
 def configured(**changes):
@@ -72,17 +72,21 @@ def test_an_object_that_no_anchor_overlaps(overlap, positive):
     assert (labels[0] == 1).sum() == positive
 
 
-@pytest.mark.parametrize(("normalizer", "number"), [("sampled", 3), ("slots", 128), ("positives", 1), ("cells", 40)])
+@pytest.mark.parametrize(("normalizer", "number"), [("sampled", 6), ("slots", 256), ("positives", 2), ("cells", 80)])
 def test_normalisers_and_weights(normalizer, number):
-    # One positive and two negatives are drawn, of 128 slots; N_cls and N_reg divide the sums, lambda multiplies them.
+    # One positive and two negatives an image are drawn, of 128 slots; N_cls and N_reg divide the sums over both images,
+    # lambda multiplies them.
     config = configured(
         rpn_class_normalizer=normalizer, rpn_box_normalizer=normalizer, objectness_weight=2.0, rpn_box_weight=10.0,
         rpn_box_beta=0.0, rpn_samples=128,
     )  # fmt: skip
-    logits, deltas = torch.randn(1, 4), torch.randn(1, 4, 4)
-    losses = RPNLoss(config)(logits, deltas, ANCHORS, one_object([0.0, 0, 10, 9]), cells=40)
-    entropy = F.binary_cross_entropy_with_logits(logits[0, [0, 2, 3]], torch.tensor([1.0, 0, 0]), reduction="sum")
-    error = (deltas[0, 0] - encode(torch.tensor([0.0, 0, 10, 9]), ANCHORS[0])).abs().sum()  # beta 0 is L1
+    logits, deltas = torch.randn(2, 4), torch.randn(2, 4, 4)
+    # The second anchor is ignored: a diverged model's output there must not reach the losses.
+    logits[:, 1], deltas[:, 1] = float("inf"), float("nan")
+    losses = RPNLoss(config)(logits, deltas, ANCHORS, one_object([0.0, 0, 10, 9], images=2), cells=40)
+    labels = torch.tensor([[1.0, 0, 0]] * 2)
+    entropy = F.binary_cross_entropy_with_logits(logits[:, [0, 2, 3]], labels, reduction="sum")
+    error = (deltas[:, 0] - encode(torch.tensor([0.0, 0, 10, 9]), ANCHORS[0])).abs().sum()  # beta 0 is L1
     torch.testing.assert_close(losses["loss_objectness"], 2 * entropy / number)
     torch.testing.assert_close(losses["loss_rpn_box"], 10 * error / number)
 

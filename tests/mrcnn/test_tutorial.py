@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from tutorial import FPN, MaskHead, Tutorial, copy_weights
 
 from kernels.roi_align.reference import assign_levels, level_thresholds
@@ -122,6 +123,12 @@ def test_erratum_81_classes_include_background():
     modeling.mask_losses.mask_bce_loss(logits, labels, torch.rand(4, 28, 28)).backward()
     grad = model.logits.weight.grad.flatten(1).abs().sum(1)
     assert logits.shape[1] == 81 and grad.nonzero().flatten().tolist() == [1, 5, 80]
+
+
+def test_erratum_pretrained_is_deprecated():
+    # torchvision still takes it, with a warning, and has no name in it for which weights are meant.
+    with pytest.warns(UserWarning, match="'pretrained' is deprecated"):
+        torchvision.models.resnet18(pretrained=False)
 
 
 def test_the_table_of_the_tutorial_names_what_there_is():

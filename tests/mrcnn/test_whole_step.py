@@ -5,6 +5,7 @@ With the Triton ops, as on a GPU. What is inside the ops is tested in tests/kern
 
 import dataclasses
 import importlib
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import use_backend
 from kernels.runtime import record_launches
-from mrcnn.modeling import MaskRCNN
+from mrcnn.modeling import MaskRCNN, mask_targets
 from mrcnn.structures import Targets
 
 # Every way through the stages is in one of these.
@@ -33,34 +34,51 @@ OPTIONS = {
 OPS = {"nms_mask", "label_anchors", "box_iou", "roi_align_forward"}
 
 
-def few(option: str) -> MaskRCNN:
+def few(option: str, device: torch.device | None = None) -> MaskRCNN:
     torch.manual_seed(0)
-    return MaskRCNN(dataclasses.replace(FEW, **OPTIONS[option])).train()
+    model = MaskRCNN(dataclasses.replace(FEW, **OPTIONS[option])).train()
+    return model if device is None else model.to(device)
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps the graphs and runs none of them."""
+
+    def __call__(self, graph, inputs):
+        self.append(graph)
+        return lambda *args: [torch.zeros(())] * 5  # the five losses
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_forward_and_losses_are_one_graph(option):
+def test_forward_and_losses_are_one_graph(option, device):
     # fullgraph=True raises at the first graph break. The graph holds the Triton ops' own nodes.
-    batch, model = shapes_batch(), few(option)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return lambda *args: [torch.zeros(())] * 5  # captured, not run
-
+    batch, model, graphs = shapes_batch().to(device), few(option, device), Graphs()
     torch._dynamo.reset()
     with use_backend("triton"):
-        losses = torch.compile(model, fullgraph=True, backend=backend)(batch.images, batch.sizes, batch.targets)
+        losses = torch.compile(model, fullgraph=True, backend=graphs)(batch.images, batch.sizes, batch.targets)
     assert len(losses) == 5
     (graph,) = graphs
     nodes = {str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("kernels.")}
     assert nodes == OPS | ({"mask_bce_rows"} if model.config.mask_loss == "bce" else set())
 
 
+def test_images_of_many_sizes_share_a_graph(device):
+    # Multi-scale training: the second size makes the sizes symbols; after that hardly anything is compiled again, where
+    # a graph a size would reach torch.compile's limit of eight.
+    model, graphs = few("torchvision's", device), Graphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    batch = shapes_batch()
+    for size in ((64, 64), (64, 96), (96, 128), (128, 160), (160, 96), (192, 224)):
+        padded = dataclasses.replace(batch, images=torch.zeros(2, 3, *size, dtype=torch.uint8)).to(device)
+        with use_backend("triton"):
+            compiled(padded.images, padded.sizes, padded.targets)
+    assert len(graphs) <= 4
+
+
 def test_compiled_losses_and_gradients_are_the_eager_ones(device):
     # Backward comes through AOT autograd; the kernels really run. The same seed draws the same samples.
     batch = shapes_batch().to(device)
-    model = few("torchvision's").to(device)
+    model = few("torchvision's", device)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
@@ -96,17 +114,50 @@ def test_no_shape_depends_on_data(option):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_nothing_waits_for_the_device(option, monkeypatch):
-    # Real values: forward and backward, with everything forbidden that would make a GPU's host wait.
+def test_nothing_waits_for_the_device(option, device, monkeypatch):
+    # Real values: forward and backward, with everything forbidden that makes a GPU's host wait. (On a GPU PyTorch
+    # itself sees some that a CPU cannot show, such as copies from pageable memory.)
     for op in ("roi_align", "mask_bce_loss"):  # they look at indices on a CPU only, where nothing waits
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args: None)
-    batch, model = shapes_batch(), few(option)
+    batch, model = shapes_batch().to(device), few(option, device)
     with use_backend("triton"):
         model(batch.images, batch.sizes, batch.targets)  # first calls compile and look around
-        with forbid_sync():
+        with forbid_sync(), no_waiting_on_a_gpu(device):
             losses = model(batch.images, batch.sizes, batch.targets)
             sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@contextmanager
+def no_waiting_on_a_gpu(device):
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_models_own_operators_do_not_wait(aligned):
+    # The context above does not see inside registered operators.
+    t = shapes_batch().targets
+    lengths, boxes = torch.full((t.labels.numel(), 2), 64), t.boxes.flatten(0, 1)
+    with forbid_sync():
+        masks = mask_targets._project._init_fn(
+            t.mask_pool, t.mask_offset.flatten(), t.mask_extent.flatten(0, 1), boxes, lengths, 28, 64, 64, aligned
+        )
+        mask_targets._paint._init_fn(t.mask_pool, t.mask_offset, t.mask_extent, t.labels, 64, 64)
+    assert masks.isfinite().all() and masks.max() > 0.9
+
+
+def test_the_models_own_operators_are_registered_rightly():
+    t = shapes_batch().targets
+    lengths, boxes = torch.full((t.labels.numel(), 2), 64), t.boxes.flatten(0, 1)
+    arguments = (t.mask_pool, t.mask_offset.flatten(), t.mask_extent.flatten(0, 1), boxes, lengths, 28, 64, 64, False)
+    torch.library.opcheck(mask_targets._project, arguments)
+    torch.library.opcheck(mask_targets._paint, (t.mask_pool, t.mask_offset, t.mask_extent, t.labels, 64, 64))
 
 
 def test_features_are_channels_last_all_the_way(device):
