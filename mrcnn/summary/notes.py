@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..config import ModelConfig
 
 FLOPS = (
-    "FLOPs: of the batch's forward pass, a multiply-add counted as 2: convolutions and matrix products, of the mask "
-    "targets too. Not counted: RoIAlign, normalisation, activations, upsampling, sorting, NMS, sums."
+    "FLOPs: of the batch's forward pass, a multiply-add counted as 2: convolutions and matrix products. Not counted: "
+    "RoIAlign, mask targets, normalisation, activations, upsampling, sorting, NMS, sums."
 )
 ANCHORS = (
     "Anchors: used by a stage that makes them, that has an output for each of them, or that takes one of these "
