@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 SEEDS, STEPS, IMAGES = 5, 300, 40
+Device = StrEnum("Device", ["auto", "cuda", "cpu"])
 
 
 def mask_study(
-    out: Annotated[Path, typer.Option(help="Folder for study.json and the report; a study in it is continued.")] = Path(
-        "runs/mask-study"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for study.json and the report, which takes in its notes.md; a study is continued."),
+    ] = Path("runs/mask-study"),
     seeds: Annotated[int, typer.Option(help="Runs an arm; the arms are compared seed by seed.")] = SEEDS,
     steps: Annotated[int, typer.Option(help="Training steps a run.")] = STEPS,
     images: Annotated[int, typer.Option(help="Held-out pictures a run is measured on.")] = IMAGES,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Device, typer.Option(help="auto is cuda where there is a GPU.")] = Device.auto,
     report_only: Annotated[bool, typer.Option("--report-only", help="Write the report of what is there.")] = False,
 ) -> None:
     """Compare three forms of the mask loss: train each with the same seeds, and judge the claims made about them.
@@ -28,18 +31,20 @@ def mask_study(
     """
     from rich.console import Console
 
+    from mrcnn.cli import common
     from mrcnn.errors import ConfigError
 
     from .record import MaskStudyError, load_record
     from .report import write_study_report
-    from .study import choose_device, run_study
+    from .study import run_study
 
     console = Console(highlight=False, soft_wrap=True)
     try:
         if report_only:
             record = load_record(out)
         else:
-            record = run_study(out, range(seeds), steps, images, choose_device(device), console)
+            chosen = common.choose_device(common.Device(device), common.Ops.auto)
+            record = run_study(out, range(seeds), steps, images, chosen, console)
         for path in write_study_report(record, out):
             console.print(f"wrote {path}")
     except (MaskStudyError, ConfigError) as error:

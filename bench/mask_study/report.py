@@ -7,12 +7,28 @@ from pathlib import Path
 from mrcnn.data.shapes import CROWD_OBJECTS
 
 from ..report import write_whole
-from .arms import ARMS, HELD_OUT_SEED, JUMP_CAP, JUMP_WINDOW, METRICS, THRESHOLD, Metric
+from .arms import ARMS, HELD_OUT_SEED, JUMP_CAP, JUMP_WINDOW, METRICS, THRESHOLD, THRESHOLDS, Metric
 from .figures import curves, numbers, render, sheet
 from .record import STUDY_FILE, Record
-from .statistics import TOO_FEW, Interval, Verdict, compare, judge, paired, t_interval, values_of
+from .statistics import (
+    BEYOND_BOX,
+    CONFIDENCE,
+    EMPTY,
+    EQUAL,
+    TOO_FEW,
+    Interval,
+    Verdict,
+    compare,
+    judge,
+    paired,
+    t_interval,
+    unlearned,
+    values_of,
+)
 
-EMPTY = 0.05  # of the box filled, on average: less is no mask
+NOTES_FILE = "notes.md"  # what a person has to say of how a study came about
+SHEET_FILE = "sheet.jpg"
+NOT_COMPARED = ("final_mask_loss",)  # the arms' losses have different scales
 
 
 def write_study_report(record: Record, folder: Path) -> list[Path]:
@@ -23,28 +39,33 @@ def write_study_report(record: Record, folder: Path) -> list[Path]:
             files |= {folder / f"{name}.{kind}": render(figure, kind) for kind in ("svg", "png")}
         drawn = sheet(record)
         if drawn is not None:
-            files[folder / "sheet.png"] = drawn
-    files[folder / "README.md"] = markdown(record, (folder / "sheet.png") in files).encode()
+            files[folder / SHEET_FILE] = drawn
+    notes = folder / NOTES_FILE
+    text = notes.read_text(encoding="utf-8", errors="replace") if notes.exists() else ""
+    files[folder / "README.md"] = markdown(record, (folder / SHEET_FILE) in files, text).encode()
     for path, content in reversed(files.items()):
         write_whole(path, content)
     return list(files)
 
 
-def markdown(record: Record, has_sheet: bool) -> str:
-    """The page."""
+def markdown(record: Record, has_sheet: bool, notes: str = "") -> str:
+    """The page; `notes` stand in it as they are."""
+    verdicts = judge(record.runs)
     parts = [
         "# Three forms of the mask loss",
         _asked(),
         "## Verdicts",
-        _verdicts(judge(record.runs)),
-        *_empty_masks(record),
+        _verdicts(record, verdicts),
+        *_dependent(verdicts),
+        *_unlearned(record),
         "## Numbers",
         _table(record),
         _definitions(record),
     ]
     if record.runs:
         parts += [_figures(has_sheet)]
-    parts += ["## How it was set up", _set_up(record), "## Limits", _limits(record), "## Where it ran", _ran(record)]
+    parts += ["## How it was set up", _set_up(record), *([notes.strip()] if notes.strip() else [])]
+    parts += ["## Limits", _limits(record), "## Where it ran", _ran(record)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -59,32 +80,81 @@ def _asked() -> str:
     )
 
 
-def _verdicts(verdicts: list[Verdict]) -> str:
-    titles = {metric.name: metric.title for metric in METRICS}
+def _verdicts(record: Record, verdicts: list[Verdict]) -> str:
     lines = ["| claim | verdict | number | difference, 95 % interval |", "| --- | --- | --- | ---: |"]
     for verdict in verdicts:
-        claim = verdict.claim
-        means = (
-            f"{titles[claim.metric]}: `{claim.first}` {_mean(verdict.first)}, `{claim.second}` {_mean(verdict.second)}"
-        )
-        difference = _interval(verdict.difference, signed=True)
-        lines.append(_row([f"{claim.name}. {claim.text}", f"**{verdict.word}**", means, difference]))
+        claim, fixed = verdict.claim, verdict.fixed
+        word = f"**{verdict.word}**" + (", *depends on the threshold*" if verdict.depends_on_threshold else "")
+        means, difference = _means(verdict), _interval(verdict.difference, signed=True)
+        if fixed is not None:
+            thresholds = ", ".join(f"`{arm}` {_thresholds(record, arm)}" for arm in (claim.first, claim.second))
+            means += f" (best thresholds: {thresholds})<br>at {THRESHOLD}: {_means(fixed)}"
+            difference += f"<br>at {THRESHOLD}: {_interval(fixed.difference, signed=True)}"
+        lines.append(_row([f"{claim.name}. {claim.text}", word, means, difference]))
     return "\n".join(lines)
 
 
-def _empty_masks(record: Record) -> list[str]:
-    """What the verdicts cannot mean where an arm has not learned to draw a mask at all."""
-    fills = {arm: t_interval(list(values_of(record.runs, arm, "given_fill").values())) for arm in ARMS}
-    empty = {arm: fill for arm, fill in fills.items() if fill is not None and fill.mean < EMPTY}
-    if not empty:
-        return []
-    names = " and ".join(f"`{arm}` ({_mean(fill)} of the box)" for arm, fill in empty.items())
+def _means(verdict: Verdict) -> str:
+    claim = verdict.claim
+    title = next(metric.title for metric in METRICS if metric.name == claim.metric)
+    return f"{title}: `{claim.first}` {_mean(verdict.first)}, `{claim.second}` {_mean(verdict.second)}"
+
+
+def _thresholds(record: Record, arm: str) -> str:
+    values = values_of(record.runs, arm, "best_threshold").values()
+    return " to ".join(f"{v:g}" for v in sorted({min(values), max(values)})) if values else "none"
+
+
+def _dependent(verdicts: list[Verdict]) -> list[str]:
+    """A sentence for each claim whose answer is another at the threshold that users of the model get."""
     return [
-        f"**Read these verdicts as of {record.settings['steps']} steps.** In that time {names} did not learn to draw "
-        f"masks at the threshold of {THRESHOLD} at all: no pixel's class is sure enough. A difference in mask AP to "
-        "such an arm says that it learns more slowly, not that its masks would be worse once learned; and how often it "
-        "merges neighbours at its best threshold is that of a mask that hardly tells object from ground."
+        f"**Claim {verdict.claim.name} depends on the threshold.** At each arm's best one the difference is "
+        f"{_interval(verdict.difference, signed=True)} ({verdict.word}), at {THRESHOLD} it is "
+        f"{_interval(verdict.fixed.difference, signed=True)} ({verdict.fixed.word}): neither says of the loss alone "
+        "what the claim says."
+        for verdict in verdicts
+        if verdict.depends_on_threshold
     ]
+
+
+def _unlearned(record: Record) -> list[str]:
+    """What the verdicts cannot mean where an arm has not learned to draw masks; and by which rule that is said."""
+    if not record.runs:
+        return []
+    found = unlearned(record.runs)
+    lines = []
+    if found.empty:
+        names = _listed({arm: f"{_mean(fill)} of the box filled" for arm, fill in found.empty.items()})
+        lines += [
+            f"- *Empty* at the threshold of {THRESHOLD}: the masks of {names}; no pixel's class is sure enough. A "
+            "difference in mask AP to such an arm says that it learns more slowly, not that its masks would be worse "
+            "once learned."
+        ]
+    if found.lowest:
+        names = _listed({arm: f"{count} of {of} runs" for arm, (count, of) in found.lowest.items()})
+        lines += [
+            f"- *At the edge of the grid*, {THRESHOLDS[0]}: the best threshold of {names}. The best may lie lower "
+            "still, and the rows of the best threshold are then not those of its best masks."
+        ]
+    if found.box_like:
+        names = _listed({arm: _interval(above, signed=True) for arm, above in found.box_like.items()})
+        lines += [
+            f"- *Hardly better than the whole box*: the masks of {names}, as mask IoU at the best threshold above that "
+            "of the whole box as a mask. The whole box merges every intruder: how often such a mask merges neighbours "
+            "says that it hardly tells object from ground, not that the loss joins instances."
+        ]
+    rule = (
+        f"This is said of an arm whose masks fill less than {EMPTY} of the box at {THRESHOLD}, on average; whose best "
+        f"threshold is {THRESHOLDS[0]}, the lowest of the grid, in more than half of its runs; or whose best mask IoU "
+        f"is not above the whole box's by more than {BEYOND_BOX}, with the whole 95 % interval, paired by seed."
+    )
+    if not lines:
+        return [f"No warning about masks that are not learned applies. {rule.replace('is said', 'would be said', 1)}"]
+    return [f"**Read these verdicts as of {record.settings['steps']} steps.** {rule}", "\n".join(lines)]
+
+
+def _listed(arms: dict[str, str]) -> str:
+    return " and ".join(f"`{arm}` ({text})" for arm, text in arms.items())
 
 
 def _table(record: Record) -> str:
@@ -92,17 +162,29 @@ def _table(record: Record) -> str:
     pairs = [("bce", arm) for arm in arms if arm != "bce"]
     heads = ["metric", *(f"`{arm}`" for arm in arms), *(f"`{one}` beside `{other}`" for one, other in pairs)]
     lines = [_row(heads), _row(["---", *["---:"] * len(arms), *["---"] * len(pairs)])]
+    compared = 0
     for metric in METRICS:
         cells = [_interval(t_interval(list(values_of(record.runs, arm, metric.name).values()))) for arm in arms]
-        cells += [_comparison(record, metric, one, other) for one, other in pairs]
-        lines.append(_row([metric.title, *cells]))
-    return "Mean over the seeds, with its 95 % interval in brackets.\n\n" + "\n".join(lines)
+        comparisons = [_comparison(record, metric, one, other) for one, other in pairs]
+        compared += sum(":" in comparison for comparison in comparisons)
+        lines.append(_row([metric.title, *cells, *comparisons]))
+    legend = f"Mean over the seeds, with its 95 % interval in brackets. The last {len(pairs)} columns are exploratory"
+    if compared:
+        legend += (
+            f": nothing is corrected for their {compared} comparisons, and if no arm differed in any of them, and they "
+            "were independent, at least one would still be called a difference with a probability of "
+            f"{100 * (1 - CONFIDENCE**compared):.0f} %"
+        )
+    return f"{legend}.\n\n" + "\n".join(lines)
 
 
 def _comparison(record: Record, metric: Metric, one: str, other: str) -> str:
+    """A word and the interval behind it; or why there is no such word."""
+    if metric.name in NOT_COMPARED:
+        return "not comparable"
     difference = paired(record.runs, metric.name, one, other)
     word = compare(difference, metric.up)
-    return word if word == TOO_FEW else f"{word}: {_interval(difference, signed=True)}"
+    return word if word in (TOO_FEW, EQUAL) else f"{word}: {_interval(difference, signed=True)}"
 
 
 def _definitions(record: Record) -> str:
@@ -133,8 +215,8 @@ def _figures(has_sheet: bool) -> str:
     ]
     if has_sheet:
         parts += [
-            "Held-out pictures of the first seed, none chosen: the masks of every object in its own box.",
-            "![ground truth beside the masks of the three arms](sheet.png)",
+            f"Held-out pictures of the first seed, none chosen: masks of every object in its own box, at {THRESHOLD}.",
+            f"![ground truth beside the masks of the three arms]({SHEET_FILE})",
         ]
     return "\n\n".join(parts)
 
@@ -157,15 +239,7 @@ def _set_up(record: Record) -> str:
         f"{train['schedule']} after {train['warmup_steps']} steps of warm-up, gradients clipped at "
         f"{train['clip_norm']}.\n"
         "- Paired: the arms of a seed begin with the same weights and see the same pictures in the same order; they "
-        "take turns within a seed. The size of the model and of the shapes, the learning rate and the number of steps "
-        "were chosen on `bce` alone, with a seed that is not among these.\n"
-        "- The claims and their numbers were written down before any run, with one exception: claim 3 was to be "
-        "judged at the threshold of 0.5. A first run of `softmax` left its masks empty there, which merges nothing; "
-        "before any run of `canvas` it was moved to the best threshold. Both rows are in the table.\n"
-        "- A first study (160 steps, colours that say nothing of the class) was set aside, data and steps changed, "
-        "because `bce` reached a mask AP50 of 0.1 only: too little to speak of AP. Of its nine finished runs, claims 1 "
-        "and 2 came out as supported, 3 as contradicted, 4 as not supported, with masks of `softmax` and `canvas` "
-        "empty at the threshold of 0.5.\n"
+        "take turns within a seed.\n"
         f"- Largest jump: a step's total loss over the median of the {JUMP_WINDOW} before it, the largest of the run; "
         f"a loss that is not finite counts as {JUMP_CAP:.0f}.\n"
         f"- Probabilities above {THRESHOLD} make the mask, in every arm, as they do for users of the model. With "
@@ -210,12 +284,30 @@ def _commit(run: dict) -> str:
     return f"`{commit['id'][:12]}`" + (" and uncommitted changes" if commit["dirty"] else "")
 
 
+def _mixed(runs: list[dict]) -> list[str]:
+    """What to say where runs were made by different versions."""
+    versions = [run["environment"]["versions"] | {"Python": run["environment"]["python"]} for run in runs]
+    different = {
+        name: found
+        for name in sorted({name for each in versions for name in each})
+        if len(found := list(dict.fromkeys(each.get(name) for each in versions))) > 1
+    }
+    if not different:
+        return []
+    names = "; ".join(f"{name} {', '.join(str(v or 'none') for v in found)}" for name, found in different.items())
+    return [
+        f"- **Runs of different versions are mixed** ({names}): where the runs of a seed were not all made by the "
+        "same, their difference may be the versions' and not the arms'"
+    ]
+
+
 def _ran(record: Record) -> str:
     settings, runs = record.settings, record.runs
     seconds = sum(run["train_seconds"] + run["measure_seconds"] for run in runs)
     sources = sorted({run["source"] for run in runs})
     lines = [
         *(f"- {machine}" for machine in dict.fromkeys(_machine(run, settings["device"]) for run in runs)),
+        *_mixed(runs),
         f"- {len(runs)} runs, seeds {_list(sorted({run['seed'] for run in runs}))}, {seconds / 60:.0f} minutes in all",
         f"- Commit {', '.join(dict.fromkeys(map(_commit, runs))) or 'none'}; hash of the code that counts: "
         f"`{'`, `'.join(sources)}`" + (" (**more than one**)" if len(sources) > 1 else ""),

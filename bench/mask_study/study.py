@@ -54,19 +54,6 @@ def describe(run: dict) -> str:
     return f"seed {run['seed']} {run['arm']:7s} {values}; {run['train_seconds'] + run['measure_seconds']:.0f} s"
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one.
-
-    Raises:
-        MaskStudyError: no such device, or no GPU.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise MaskStudyError(f"unknown device {name!r}; choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MaskStudyError("no GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def _environment() -> dict[str, object]:
     """As of the first run; thread counts are those of this study, not of the clock's."""
     environment = describe_environment()

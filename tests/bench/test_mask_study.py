@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.mask_study import study
-from bench.mask_study.arms import ARMS, CLAIMS, arm_config
+from bench.mask_study import measure, study
+from bench.mask_study.arms import ARMS, CLAIMS, METRICS, THRESHOLDS, arm_config, held_out_set
 from bench.mask_study.measure import largest_jump
 from bench.mask_study.merging import Tally, match
-from bench.mask_study.record import MaskStudyError, load_record, study_settings
+from bench.mask_study.record import MaskStudyError, Record, load_record, study_settings
+from bench.mask_study.report import markdown
 from bench.mask_study.statistics import (
     BETTER,
     CONTRADICTED,
+    EQUAL,
     HIGHER,
     NO_DIFFERENCE,
     NOT_SUPPORTED,
@@ -32,7 +36,10 @@ from bench.mask_study.statistics import (
     judge,
     paired,
     t_interval,
+    unlearned,
 )
+from mrcnn.data.shapes import ShapesDataset
+from mrcnn.inference import evaluation_loader
 
 
 def test_t_interval_is_the_textbooks():
@@ -97,6 +104,152 @@ def test_detections_match_an_object_of_their_class_once():
     assert match(found[:0], labels[:0], truth, labels) == [] == match(found[:2], labels, truth[:0], labels[:0])
 
 
+class HandMade(ShapesDataset):
+    """Two pictures: an L with a bar and a square of its class and one of another in its box; and a square alone."""
+
+    def _draw(self, index):
+        corners = [(40, 40, 60, 60)]
+        if index == 0:
+            corners = [(10, 10, 20, 50), (30, 10, 60, 30), (22, 31, 30, 39), (34, 31, 42, 39), (70, 70, 90, 90)]
+        masks = np.zeros((len(corners), 96, 96), dtype=np.uint8)
+        for mask, (x0, y0, x1, y1) in zip(masks, corners, strict=True):
+            mask[y0:y1, x0:x1] = 1
+        if index == 0:
+            masks[0, 40:50, 10:50] = 1  # the foot of the L: its box is 40 x 40, and its mask 700 pixels
+        labels = np.array([1, 1, 1, 2, 1][: len(corners)])
+        return np.full((96, 96, 3), 100, dtype=np.uint8), labels, masks
+
+
+CONFIG = arm_config("bce", 0, 2)
+HAND_MADE = HandMade(2, 96, kinds=8, crowded=True)
+OBJECT_FILL = (700 / 1600 + 5) / 6  # all others are rectangles
+
+
+def exact(truth, boxes):
+    return truth
+
+
+def filling(truth, boxes):
+    """The whole box of each object."""
+    masks = torch.zeros_like(truth)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y0:y1, x0:x1] = True
+    return masks
+
+
+def measured(monkeypatch, given, found=exact, dataset=HAND_MADE):
+    """`measure` of a model whose masks are `given(threshold)` of what is true, and that detects every object."""
+    pytest.importorskip("faster_coco_eval")
+
+    def given_masks(model, batch):
+        objects = [measure._objects(batch, i) for i in range(len(batch.sizes))]
+        return [{t: given(t)(truth, boxes) for t in THRESHOLDS} for _, boxes, truth in objects]
+
+    def detect(model, batch):
+        for i, image_id in enumerate(batch.image_ids):
+            labels, boxes, truth = measure._objects(batch, i)
+            yield (
+                image_id,
+                {
+                    "boxes": torch.cat([boxes, boxes[:1]]),  # and the first once more, as another class
+                    "labels": torch.cat([labels, labels[:1] % 8 + 1]),
+                    "scores": torch.linspace(0.9, 0.5, len(labels) + 1),
+                    "masks": torch.cat([found(truth, boxes), truth[:1]]),
+                },
+            )
+
+    monkeypatch.setattr(measure, "given_masks", given_masks)
+    monkeypatch.setattr(measure, "detect", detect)
+    return measure.measure(torch.nn.Identity(), CONFIG, dataset)
+
+
+def test_perfect_masks_measure_as_perfect(monkeypatch):
+    """Counted by hand: the L has two intruders of its class, and the only one of another class; no other object any."""
+    metrics, sheet = measured(monkeypatch, lambda threshold: exact)
+    for name in ("segm_AP", "segm_AP50", "segm_AP75", "bbox_AP", "given_iou", "best_iou", "matched_iou"):
+        assert metrics[name] == pytest.approx(1.0), name
+    for name in ("given_merged", "given_spilled", "best_merged", "best_spilled", "matched_merged", "matched_spilled"):
+        assert metrics[name] == 0.0, name
+    assert metrics["given_fill"] == metrics["given_object_fill"] == pytest.approx(OBJECT_FILL)
+    assert metrics["best_threshold"] in THRESHOLDS
+    assert (metrics["objects"], metrics["matched"]) == (6, 6)
+    assert (metrics["given_intruders"], metrics["matched_intruders"], metrics["matched_with_intruder"]) == (2, 2, 1)
+    assert [(row["image"], len(row["masks"])) for row in sheet] == [(0, 5), (1, 1)]
+
+
+def test_masks_that_fill_the_box_merge_everything(monkeypatch):
+    """Their IoU is the share of the box that the object fills: the row that best masks are compared with."""
+    metrics, _ = measured(monkeypatch, lambda threshold: filling, filling)
+    for name in ("given_iou", "best_iou", "matched_iou", "given_object_fill"):
+        assert metrics[name] == pytest.approx(OBJECT_FILL), name
+    for name in ("given_merged", "given_spilled", "best_merged", "matched_merged", "given_fill", "matched_fill"):
+        assert metrics[name] == 1.0, name
+    assert metrics["bbox_AP"] == pytest.approx(1.0) and metrics["segm_AP"] < 0.9
+
+
+@pytest.mark.parametrize("best", [THRESHOLDS[0], 0.3, THRESHOLDS[-1]])
+def test_the_best_threshold_is_the_one_of_the_highest_iou(monkeypatch, best):
+    """At the ends of the grid too; the rows at 0.5 stay those of 0.5, and so do the masks of the sheet."""
+    metrics, sheet = measured(monkeypatch, lambda threshold: exact if threshold == best else filling)
+    assert (metrics["best_threshold"], metrics["best_iou"], metrics["best_merged"]) == (best, 1.0, 0.0)
+    assert (metrics["given_iou"], metrics["given_merged"]) == (pytest.approx(OBJECT_FILL), 1.0)
+    assert sheet != measured(monkeypatch, lambda threshold: exact)[1]
+
+
+def test_empty_masks_merge_nothing(monkeypatch):
+    """Why merging is judged at the best threshold."""
+    metrics, _ = measured(monkeypatch, lambda threshold: lambda truth, boxes: torch.zeros_like(truth))
+    assert metrics["given_iou"] == metrics["given_fill"] == metrics["given_merged"] == 0.0
+
+
+def test_perfect_masks_on_the_studys_own_pictures(monkeypatch):
+    """Visible masks share no pixel, so that the truth merges none of them; there are some to merge."""
+    metrics, _ = measured(monkeypatch, lambda threshold: exact, dataset=held_out_set(CONFIG, 6))
+    assert metrics["given_iou"] == pytest.approx(1.0) and metrics["given_merged"] == 0.0
+    assert metrics["given_intruders"] > 5 and 0.3 < metrics["given_object_fill"] < 0.8
+    assert measured(monkeypatch, lambda threshold: filling, dataset=held_out_set(CONFIG, 6))[0]["given_merged"] == 1.0
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_given_masks_are_those_of_the_objects_own_box_and_class(arm):
+    """A head that draws the left half of the box, at a probability of 0.25, in the channel of each object's class."""
+    batch = next(iter(evaluation_loader(HAND_MADE, CONFIG)))
+    classes = torch.cat([batch.targets.labels[i, :n] for i, n in enumerate(batch.targets.count.tolist())])
+    asked = []
+
+    def pooler(features, rois):
+        asked.append(rois)
+        return rois
+
+    def head(rois):
+        logits = torch.full((len(rois), 9, 28, 28), 8.0)
+        for row, label in zip(logits, classes.tolist(), strict=True):
+            row[label] = -8.0
+            row[:, :, :14] = 0.0
+            row[label, :, :14] = np.log(1 / 3) if arm == "bce" else np.log(7 / 3 if arm == "softmax" else 8 / 3)
+        return logits
+
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(mask_loss=arm)
+    model.normalize, model.backbone, model.fpn = (lambda images, sizes: images), (lambda x: x), (lambda x: x)
+    model.mask_pooler, model.mask_head = pooler, head
+    with torch.no_grad():
+        pictures = measure.given_masks(model, batch)
+    assert asked[0][:, 0].tolist() == [0.0] * 5 + [1.0] and asked[0][5, 1:].tolist() == [40, 40, 60, 60]
+    for i, by_threshold in enumerate(pictures):
+        labels, boxes, _ = measure._objects(batch, i)
+        left = boxes.clone()
+        left[:, 2] = (boxes[:, 0] + boxes[:, 2]) / 2
+        nothing = torch.zeros(len(labels), 96, 96, dtype=torch.bool)
+        wanted = filling(nothing, left)
+        grown = filling(nothing, left + torch.tensor([-2, -2, 2, 2]))  # pasting blurs the edges
+        for threshold, masks in by_threshold.items():
+            if threshold > 0.25:
+                assert not masks.any()
+            else:
+                assert (masks & wanted).sum() > 0.9 * wanted.sum() and not (masks & ~grown).any()
+
+
 def test_largest_jump():
     """Over the median of the steps before; what is not finite is the worst there is."""
     assert largest_jump([1.0] * 10 + [3.0, 1.0]) == 3.0
@@ -133,6 +286,81 @@ def test_a_seed_without_its_pair_does_not_count():
     assert paired([], "segm_AP", "bce", "softmax") is None and claim_word(None) == TOO_FEW
 
 
+SETTINGS = study_settings(2, 3, "cpu")
+
+
+def learned(**changes):
+    """Record of three seeds whose arms have all learned masks; changes: arm -> metric -> value. Invented."""
+    usual = {metric.name: 0.5 for metric in METRICS} | {"best_iou": 0.7, "best_threshold": 0.4, "non_finite": 0}
+    counts = dict.fromkeys(("given_intruders", "matched_with_intruder", "matched", "objects"), 9)
+    made_by = {"threads": 1, "source": "0", "commit": {"id": "0" * 40, "dirty": False}}
+    made_by |= {"train_seconds": 1.0, "measure_seconds": 1.0}
+    runs = []
+    for seed in range(3):
+        for arm in ARMS:
+            metrics = usual | {name: value + seed / 1000 for name, value in changes.get(arm, {}).items()} | counts
+            environment = {"versions": {"torch": "2.0"}, "python": "3.12", "cpu_name": "a CPU", "cpus": 2}
+            runs.append({"arm": arm, "seed": seed, "metrics": metrics, "environment": environment, **made_by})
+    return Record(SETTINGS, runs)
+
+
+def test_masks_that_are_not_learned_are_warned_of():
+    """Each rule alone, on its own arm, and none where all is well."""
+    text = markdown(learned(), False)
+    assert "Read these verdicts as of" not in text and "No warning about masks that are not learned applies" in text
+    for arm, metrics, words in (
+        ("softmax", {"given_fill": 0.02}, "*Empty* at the threshold of 0.5: the masks of `softmax` (0.021 of the box"),
+        ("canvas", {"best_threshold": -0.5}, "the best threshold of `canvas` (3 of 3 runs)"),
+        ("canvas", {"best_iou": 0.53}, "*Hardly better than the whole box*: the masks of `canvas` (+0.031 ["),
+    ):
+        text = markdown(learned(**{arm: metrics}), False)
+        assert "**Read these verdicts as of 2 steps.**" in text and words in text
+        assert text.count("\n- *") == 1  # no other warning
+
+
+def test_the_rules_of_the_warnings_at_their_edges():
+    """More than half of the runs at the lowest threshold; the whole interval above the box's IoU by more than 0.05."""
+    record = learned()
+    arm = [run["metrics"] for run in record.runs if run["arm"] == "canvas"]
+    arm[0]["best_threshold"] = THRESHOLDS[0]
+    assert not unlearned(record.runs).lowest
+    arm[1]["best_threshold"] = THRESHOLDS[0]
+    assert unlearned(record.runs).lowest == {"canvas": (2, 3)}
+    for metrics, iou in zip(arm, (0.57, 0.60, 0.63), strict=True):
+        metrics["best_iou"] = iou  # above 0.55 in each, on average by 0.05, and not with confidence
+    assert list(unlearned(record.runs).box_like) == ["canvas"]
+    for metrics, iou in zip(arm, (0.59, 0.60, 0.61), strict=True):
+        metrics["best_iou"] = iou
+    assert not unlearned(record.runs).box_like
+
+
+def test_a_claim_whose_sign_depends_on_the_threshold_says_so():
+    """Both thresholds' numbers stand in the row of claim 3, whatever they are."""
+    higher, lower = {"best_merged": 0.8, "given_merged": 0.3}, {"best_merged": 0.8, "given_merged": 0.8}
+    text = markdown(learned(canvas=higher), False)
+    assert "**supported**, *depends on the threshold*" in text and "**Claim 3 depends on the threshold.**" in text
+    assert "(best thresholds: `canvas` 0.4, `bce` 0.4)<br>at 0.5: merged, boxes given: `canvas` 0.301" in text
+    text = markdown(learned(canvas=lower), False)
+    assert "depends on the threshold" not in text and "<br>at 0.5: merged, boxes given: `canvas` 0.801" in text
+
+
+def test_rows_without_a_difference_have_no_word():
+    """Nothing that is equal everywhere is called `no difference shown`, and only what has a word is counted."""
+    text = markdown(learned(canvas={"jump": 0.7, "segm_AP": 0.1}), False)
+    assert compare(t_interval([0.0, 0.0, 0.0]), True) == EQUAL
+    row = next(line for line in text.splitlines() if line.startswith("| steps not finite"))
+    assert row.count(EQUAL) == 2 and text.count("not comparable |") == 2
+    assert "exploratory: nothing is corrected for their 2 comparisons" in text and "probability of 10 %" in text
+
+
+def test_runs_of_different_versions_are_named():
+    """A study that is continued may find another PyTorch."""
+    record = learned()
+    assert "are mixed" not in markdown(record, False)
+    record.runs[-1]["environment"]["versions"]["torch"] = "2.1"
+    assert "**Runs of different versions are mixed** (torch 2.0, 2.1)" in markdown(record, False)
+
+
 def test_arms_differ_in_the_mask_loss_alone():
     """Else the study would compare something else."""
     one, *others = (dataclasses.asdict(arm_config(arm, 3, 10)) for arm in ARMS)
@@ -164,12 +392,26 @@ def test_a_tiny_study_ends_with_a_report_that_claims_nothing(finished):
     assert not any(f"**{word}**" in text for word in (SUPPORTED, NOT_SUPPORTED, CONTRADICTED))
     for claim in CLAIMS:
         assert claim.text in text
-    for name in ("curves.svg", "curves.png", "numbers.svg", "sheet.png"):
+    for name in ("curves.svg", "curves.png", "numbers.svg", "sheet.jpg"):
         assert (finished / name).stat().st_size > 1000
     values = json.loads((finished / "study.json").read_text())
     assert [run["arm"] for run in values["runs"]] == list(ARMS)
     first = {run["arm"]: run["curves"]["total"][0] - run["curves"]["mask"][0] for run in values["runs"]}
     assert max(first.values()) - min(first.values()) < 1e-3  # same weights, same pictures: all other losses agree
+
+
+def test_notes_are_taken_into_the_report(finished):
+    """As they are, and under the set-up."""
+    notes = finished / "notes.md"
+    notes.write_text("Why *this*:\n\n- because | of `that`\n")
+    try:
+        assert mask_study(finished, "--report-only").exit_code == 0
+    finally:
+        notes.unlink()
+    text = (finished / "README.md").read_text()
+    assert "\n\nWhy *this*:\n\n- because | of `that`\n\n## Limits" in text
+    assert mask_study(finished, "--report-only").exit_code == 0
+    assert "Why *this*" not in (finished / "README.md").read_text()
 
 
 def test_a_study_keeps_its_finished_runs(finished, monkeypatch):
@@ -201,7 +443,7 @@ def test_a_study_that_is_cut_off_has_what_it_finished(tmp_path, monkeypatch):
     assert [run["arm"] for run in load_record(tmp_path).runs] == done == ["bce", "softmax"]
 
 
-def test_errors_are_sentences(tmp_path):
+def test_errors_are_sentences(tmp_path, monkeypatch):
     """A damaged file, a missing one, a device that there is not."""
     with pytest.raises(MaskStudyError, match=r"holds no study\.json"):
         load_record(tmp_path)
@@ -209,5 +451,8 @@ def test_errors_are_sentences(tmp_path):
     with pytest.raises(MaskStudyError, match="cannot be read"):
         load_record(tmp_path, study_settings(2, 3, "cpu"))
     result = CliRunner().invoke(app, ["mask-study", "--out", str(tmp_path), "--device", "tpu"])
-    assert result.exit_code == 2 and "unknown device 'tpu'" in result.output
+    assert result.exit_code == 2 and "'tpu'" in result.output
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["mask-study", "--out", str(tmp_path / "new"), "--device", "cuda"])
+    assert result.exit_code == 2 and "PyTorch sees no GPU" in result.output
     assert mask_study(tmp_path / "new", "--seeds", "0").exit_code == 2
