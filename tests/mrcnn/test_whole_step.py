@@ -63,7 +63,7 @@ def test_forward_and_losses_are_one_graph(option, device):
 
 def test_images_of_many_sizes_share_a_graph(device):
     # Multi-scale training: the second size makes the sizes symbols; after that hardly anything is compiled again, where
-    # a graph a size would reach torch.compile's limit of eight. (PyTorch 2.11 also tells odd sides of P5 from even ones.)
+    # a graph a size would reach torch.compile's limit of eight. (PyTorch 2.11 also tells odd from even sides of P5.)
     model, graphs = few("torchvision's", device), Graphs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
