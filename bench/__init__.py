@@ -14,5 +14,6 @@ through them:
 - `report`, `plots`, `tables`, `status`: the table for people
 
 Apart from these: `resources` reads what the compilers make of the kernels, without a GPU; `ncu` (with
-`profile_call`) what a GPU's counters say; `follow` and `demo` train with the kernels beside the reference.
+`profile_call`) what a GPU's counters say; `step_profile` where a whole step's time goes; `follow` and `demo` train with
+the kernels beside the reference; `mask_study` compares three forms of the mask loss.
 """
