@@ -16,3 +16,7 @@ class CheckpointError(ValueError):
 
 class ConfigError(ValueError):
     """A setting has an impossible value, or two settings contradict each other."""
+
+
+class TrainingStopped(Exception):
+    """A run was asked to stop and did, at a step boundary; the message says how it goes on."""

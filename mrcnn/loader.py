@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,11 +19,13 @@ from .data.shapes import ShapesDataset
 from .structures import Batch
 
 
-def training_batches(dataset: CocoDataset | ShapesDataset, config: Config, start: int = 0) -> Iterator[Batch]:
+def training_batches(
+    dataset: CocoDataset | ShapesDataset, config: Config, start: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
     """The run's batches after its first `start` steps, all of the configured size.
 
     A small data set is drawn from again within a batch. The batch of a step is the same for any `start` and any number
-    of workers.
+    of workers. `pin_memory` is for a GPU, which copies from pinned memory while the host goes on.
     """
     train, data = config.train, config.data
     dataset = copy.copy(dataset)  # the caller's may be in use elsewhere, with another transform
@@ -34,10 +37,16 @@ def training_batches(dataset: CocoDataset | ShapesDataset, config: Config, start
         sampler=_ShuffledPasses(len(dataset), start * train.batch_size, train.steps * train.batch_size, train.seed),
         num_workers=train.workers,
         collate_fn=Collate(data.max_objects or dataset.max_objects),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # of the workers' seeds, unused; without it they cost the model a random number
     )
     yield from loader
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process; this one is needed until the main process has taken its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _ShuffledPasses(Sampler[tuple[int, int]]):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .config import Config
@@ -19,20 +22,34 @@ def training_state(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     device: torch.device,
-    images: int,
 ) -> dict:
     """What a checkpoint needs beside the weights and the step to go on: tensors and plain values.
 
     The data needs no more than the step (see loader.py); nothing in training draws from Python's or numpy's generators.
-    `images` is the size of the training set, whose order depends on it.
     """
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "rng": {"cpu": torch.get_rng_state(), "cuda": gpu},
-        "images": images,
     }
+
+
+def describe_data(dataset: CocoDataset | ShapesDataset) -> dict:
+    """What `check_resumable` knows a training set by: its size, and a digest of its pictures and objects.
+
+    Of files the digest takes what the annotations say (ids, names, sizes, boxes and labels), not folders or pixels:
+    data may be moved.
+    """
+    if isinstance(dataset, ShapesDataset):
+        content = [[dataset.length, dataset.image_size, dataset.seed, dataset.class_names, dataset.crowded]]
+    else:
+        records = dataset._records  # as they are in memory: ground_truth() would build a copy of all masks
+        content = ([r.image_id, r.file_name, r.height, r.width, r.boxes, r.labels] for r in records)
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(json.dumps(part).encode())
+    return {"images": len(dataset), "data": digest.hexdigest()}
 
 
 def restore(
@@ -43,17 +60,29 @@ def restore(
 ) -> None:
     """Put `training_state` back, into an optimizer and a schedule of the same configuration.
 
+    The state may be that of parameters in another memory layout, as of a GPU's run that goes on without one.
+
     Raises:
         CheckpointError: the state does not fit them.
     """
     try:
         optimizer.load_state_dict(state["optimizer"])
+        _match_layouts(optimizer)
         schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint's training state is damaged or of another version: {error}") from None
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Lay momenta and the like out as their parameters are: a fused step walks the memory of both, strides unseen."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state.get(parameter, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config, dataset: CocoDataset | ShapesDataset) -> None:
@@ -84,6 +113,12 @@ def check_resumable(checkpoint: Checkpoint, config: Config, dataset: CocoDataset
         for key in old:
             if old[key] != new[key]:
                 _check_change(f"{section}.{key}", old[key], new[key], checkpoint)
+    described = describe_data(dataset)["data"]
+    if checkpoint.training.get("data", described) != described:
+        raise DataError(
+            "the data has as many images as that of the run to resume, but others: their ids, names, sizes or objects "
+            "differ; --init-from starts a new run from the checkpoint's weights"
+        )
 
 
 def _check_change(name: str, old: object, new: object, checkpoint: Checkpoint) -> None:

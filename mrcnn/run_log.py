@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 from .errors import ConfigError
+from .files import write_text
+
+NO_BEST = (0, -1.0)  # step and mask AP; COCO's number where there is nothing to measure
 
 
 class RunLog:
@@ -16,23 +19,26 @@ class RunLog:
     after its last checkpoint) and goes on with the counts of the lines it keeps. It is a context manager.
     """
 
-    def __init__(self, output: Path, step: int = 0, tensorboard: bool = False) -> None:
-        """Open the files in the folder `output`, which must exist; a new run (step 0) replaces metrics.jsonl."""
+    def __init__(
+        self, output: Path, step: int = 0, tensorboard: bool = False, best: tuple[int, float] = NO_BEST
+    ) -> None:
+        """Open the files in the folder `output`, which must exist; a new run (step 0) replaces metrics.jsonl.
+
+        `best` is the step and the mask AP of the best evaluation that the checkpoint knows of: lines can be lost.
+        """
         path = output / "metrics.jsonl"
         lines = _lines(path, step) if step else []
         evaluations = [line for line in lines if "evaluation" in line]
-        self.best_step, self.best_ap = 0, -1.0  # COCO's number where there is nothing to measure
+        self.best_step, self.best_ap = best
         for line in evaluations:
-            self._note_best(line["step"], line["evaluation"])
+            self.note_best(line["step"], line["evaluation"])
         self.evaluated_step = max((line["step"] for line in lines if line.keys() & EVALUATIONS), default=0)
         last = next((line for line in reversed(lines) if "seconds" in line), {"seconds": 0.0, "damaged_images": 0})
         self.damaged_images = last["damaged_images"]
         self._start = time.perf_counter() - last["seconds"]
         self._images, self._since = 0, time.perf_counter()
 
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a")
         # Events of the dropped steps stay in their files; from purge_step on TensorBoard does not show them.
         folder = output / "tensorboard"
@@ -63,13 +69,16 @@ class RunLog:
         self._show(step, {"loss/total": metrics["loss"], "train/lr": lr, "train/images_per_second": rate})
         return metrics
 
-    def improves(self, results: dict[str, dict[str, float]]) -> bool:
-        """Whether an evaluation has the highest mask AP so far."""
-        return results["segm"]["AP"] > self.best_ap
+    def note_best(self, step: int, results: dict[str, dict[str, float]]) -> bool:
+        """Whether an evaluation has the highest mask AP so far, which is then remembered as the best."""
+        if results["segm"]["AP"] <= self.best_ap:
+            return False
+        self.best_step, self.best_ap = step, results["segm"]["AP"]
+        return True
 
     def evaluation(self, step: int, results: dict[str, dict[str, float]]) -> dict[str, float]:
         """Write the AP of an evaluation, with the step of the best so far; returns them flat: segm_AP and so on."""
-        self._note_best(step, results)
+        self.note_best(step, results)
         best = {"best_step": self.best_step, "best_segm_AP": self.best_ap} if self.best_step else {}
         self._write({"step": step, "evaluation": results, **best})
         self._since = time.perf_counter()  # evaluating is no time of training
@@ -82,10 +91,6 @@ class RunLog:
         self._write({"step": step, "evaluation_error": str(error)})
         self._since = time.perf_counter()
         return {"evaluation_error": str(error)}
-
-    def _note_best(self, step: int, results: dict[str, dict[str, float]]) -> None:
-        if self.improves(results):
-            self.best_step, self.best_ap = step, results["segm"]["AP"]
 
     def _write(self, values: dict) -> None:
         self._file.write(json.dumps(values) + "\n")
@@ -111,13 +116,13 @@ def summary_writer() -> type:
 
 
 def _lines(path: Path, last_step: int) -> list[dict]:
-    """The lines of steps up to `last_step`; none where there is no file."""
+    """The lines of steps up to `last_step`; none where there is no file, and none of what is no line of a run."""
     lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
         except ValueError:  # cut off where the run was
             continue
-        if line["step"] <= last_step:
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= last_step:
             lines.append(line)
     return lines

@@ -16,14 +16,15 @@ from .checkpoint import Checkpoint, save_checkpoint
 from .config import Config, TrainConfig, validate
 from .data.coco import CocoDataset
 from .data.shapes import ShapesDataset
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, TrainingStopped
+from .files import check_folder, write_text
 from .inference import autocast, evaluate
 from .loader import training_batches
 from .modeling import MaskRCNN
 from .modeling.backbone import load_pretrained
 from .optim import build_optimizer, build_schedule, learning_rate_factor
-from .resume import check_resumable, initialise, restore, training_state
-from .run_log import RunLog, summary_writer
+from .resume import check_resumable, describe_data, initialise, restore, training_state
+from .run_log import NO_BEST, RunLog, summary_writer
 from .structures import Batch
 
 Dataset = CocoDataset | ShapesDataset
@@ -55,6 +56,7 @@ def train(
     init_from: Checkpoint | None = None,
     tensorboard: bool = False,
     on_note: Callable[[str], None] = lambda sentence: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
     """Train a model, writing config.json, metrics.jsonl, checkpoint.pt and best.pt (the best mask AP) to `output`.
 
@@ -64,7 +66,8 @@ def train(
     The model starts with random weights, with `config.model.weights` in its backbone, or with what fits of the
     checkpoint `init_from`; `on_note` gets sentences about what did. `resume` is the checkpoint.pt of the run in
     `output`, loaded with its training state: the run goes on with that model, and on a CPU ends as one without a pause
-    does, to the last bit. `tensorboard` also writes the metrics to `output`/tensorboard.
+    does, to the last bit. `tensorboard` also writes the metrics to `output`/tensorboard. `should_stop` is asked in
+    every step: where it says so, the run saves itself after the step and ends.
 
     Raises:
         DataError: the data set is empty, none of its images can be read, or it is not that of the run to resume.
@@ -72,6 +75,7 @@ def train(
             not resumed; nothing of `init_from` fits; the backbone's weights cannot be had; TensorBoard is missing.
         CheckpointError: `resume` has no training state; a checkpoint cannot be written.
         FloatingPointError: a loss or a weight is no longer finite; the last checkpoint is kept.
+        TrainingStopped: `should_stop` said so.
     """
     if len(dataset) == 0:
         raise DataError("the training set has no images")
@@ -95,18 +99,29 @@ def train(
         restore(resume.training, optimizer, schedule, device)
 
     output.mkdir(parents=True, exist_ok=True)
-    described = dataclasses.asdict(config) | {"class_names": dataset.class_names}
-    (output / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    with RunLog(output, checkpoint.step, tensorboard) as log:
-        _Run(checkpoint, optimizer, schedule, device, dataset, validation, output, log, on_step).finish()
+    _write_config(output / "config.json", config, dataset.class_names)
+    best = resume.training.get("best", NO_BEST) if resume else NO_BEST
+    with RunLog(output, checkpoint.step, tensorboard, best) as log:
+        _Run(checkpoint, optimizer, schedule, device, dataset, validation, output, log, on_step, should_stop).finish()
     model.eval()
     return checkpoint
+
+
+def _write_config(path: Path, config: Config, class_names: list[str]) -> None:
+    """Write what the run is; a file that says so already is left alone."""
+    text = json.dumps(dataclasses.asdict(config) | {"class_names": class_names}, indent=2) + "\n"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
 
 
 def check_output(output: Path, resuming: bool = False) -> None:
     """Raise ConfigError unless a run can write to the folder `output`, which need not exist."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output {output} is a file; a folder is wanted")
+    try:
+        check_folder(output)
+    except OSError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror or error}") from None
     for name in ("checkpoint.pt", "best.pt"):
         if not resuming and (output / name).exists():
             raise ConfigError(
@@ -142,6 +157,10 @@ class _Run:
     output: Path
     log: RunLog
     on_step: Callable[[int, dict], None]
+    should_stop: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.described = describe_data(self.dataset)  # once: it reads all annotations
 
     @property
     def settings(self) -> TrainConfig:
@@ -152,11 +171,13 @@ class _Run:
         start, model, log = self.checkpoint.step, self.checkpoint.model, self.log
         if self.validation is not None and log.evaluated_step < start and self.is_evaluated(start):
             self.on_step(start, self.evaluate(start))  # the run was stopped between saving and this
-        for step, batch in enumerate(training_batches(self.dataset, self.checkpoint.config, start), start + 1):
+        batches = training_batches(self.dataset, self.checkpoint.config, start, self.device.type == "cuda")
+        for step, batch in enumerate(batches, start + 1):
             batch = batch.to(self.device, non_blocking=True)
             losses = training_step(model.train(), batch, self.optimizer, self.settings.clip_norm)
             log.count(len(batch.image_ids), batch.replaced)
-            saving = self.is_evaluated(step) or step % self.settings.save_every == 0
+            stopping = self.should_stop()
+            saving = stopping or self.is_evaluated(step) or step % self.settings.save_every == 0
             metrics: dict = {}
             if saving or step % self.settings.log_every == 0:
                 lr = self.settings.lr * learning_rate_factor(step - 1, self.settings)
@@ -164,9 +185,14 @@ class _Run:
             self.schedule.step()
             if saving:
                 self.save(step)
-            if self.is_evaluated(step):
+            if self.is_evaluated(step) and not stopping:  # else it is made up for when the run goes on
                 metrics |= self.evaluate(step)
             self.on_step(step, metrics)
+            if stopping:
+                path = self.output / "checkpoint.pt"
+                raise TrainingStopped(
+                    f"stopped after step {step} of {self.settings.steps}: --resume goes on from {path}"
+                )
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the model is evaluated after `step`, where there is something to evaluate on."""
@@ -180,7 +206,8 @@ class _Run:
                 f"the weights are not finite after step {step}; lower --lr or raise train.clip_norm"
             )
         self.checkpoint.step = step
-        state = training_state(self.optimizer, self.schedule, self.device, len(self.dataset))
+        state = training_state(self.optimizer, self.schedule, self.device) | self.described
+        state["best"] = (self.log.best_step, float(self.log.best_ap))
         save_checkpoint(self.output / "checkpoint.pt", dataclasses.replace(self.checkpoint, training=state))
 
     def evaluate(self, step: int) -> dict:
@@ -193,8 +220,9 @@ class _Run:
         except DataError as error:
             return self.log.evaluation_error(step, error)
         # Before the line that says so: a run that is stopped in between evaluates again when it is resumed.
-        if self.log.improves(results):
+        if self.log.note_best(step, results):
             save_checkpoint(self.output / "best.pt", self.checkpoint)
+            self.save(step)  # again, with the AP that best.pt is to be compared with: the line may be lost
         return self.log.evaluation(step, results)
 
 

@@ -38,7 +38,7 @@ def profile(
     from mrcnn.errors import ConfigError
 
     from .report import profile_report
-    from .run import NUMBERS, TRACE, profile_named
+    from .run import NUMBERS, TRACE, out_of_memory, profile_named
 
     try:
         result = profile_named(out, config, set_ or [], image_size, batch, steps, warmup, ops, device, training)
@@ -46,6 +46,10 @@ def profile(
         _fail(f"{error}.")
     except OSError as error:
         _fail(f"{out} cannot be written: {error.strerror or error}.")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _fail("not enough memory for this step: a smaller --batch or --image-size takes less.")
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has no width
         console.width = max(console.width, 100)

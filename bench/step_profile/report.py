@@ -19,7 +19,8 @@ BACKWARD_NOTE = "Backward is all between the losses and the optimizer's step, cl
 CPU_NOTE = (
     "These are times of a CPU and say nothing about a GPU. What would wait on a GPU is counted in the ops that ran "
     "here: with --ops auto they are not a GPU's, and on a CPU alone they look at their arguments' values "
-    "(aten::_local_scalar_dense in a pool or loss)."
+    "(aten::_local_scalar_dense in a pool or loss). Not seen here at all: .tolist(), .cpu() and .numpy(), which wait "
+    "on a GPU and leave no mark in a CPU's trace."
 )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import resource
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -107,7 +108,29 @@ def profile_steps(
     Raises:
         OSError: `out` cannot be written.
     """
-    write_whole(out / NUMBERS, b"{}\n")  # or an unwritable folder would be found after the work
+    out.mkdir(parents=True, exist_ok=True)
+    # The folder is found to be writable before the work, and what is in it stays until the work is done.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".profile-") as scratch:
+        trace = Path(scratch) / TRACE
+        result = _profile(config, trace, size, batch_size, device, steps, warmup, ops, training, prepare)
+        trace.replace(out / TRACE)
+    write_whole(out / NUMBERS, (json.dumps(dataclasses.asdict(result), indent=2) + "\n").encode())
+    return result
+
+
+def _profile(
+    config: Config,
+    trace: Path,
+    size: tuple[int, int],
+    batch_size: int,
+    device: torch.device,
+    steps: int,
+    warmup: int,
+    ops: str,
+    training: bool,
+    prepare: Callable[[MaskRCNN], None],
+) -> StepProfile:
+    """The work of `profile_steps`; writes `trace`."""
     on_gpu = device.type == "cuda"
     torch.manual_seed(config.train.seed)
     model = MaskRCNN(config.model).to(device).train(training)
@@ -116,10 +139,10 @@ def profile_steps(
     prepare(model)
     step, optimizer = _make_step(model, synthetic_batch(size, batch_size, config).to(device), config, training)
     with use_backend(ops), watch_phases(model, optimizer):
-        operators, launches = _run(step, out / TRACE, device, steps, warmup)
-    seconds, phases, waits = read_trace(read_events(out / TRACE), on_gpu)
+        operators, launches = _run(step, trace, device, steps, warmup)
+    seconds, phases, waits = read_trace(read_events(trace), on_gpu)
     environment = _environment(on_gpu)
-    result = StepProfile(
+    return StepProfile(
         title=_title(config, size, batch_size, training, environment),
         on_gpu=on_gpu,
         settings={"config": dataclasses.asdict(config), "image_size": size, "batch": batch_size, "steps": steps,
@@ -132,8 +155,12 @@ def profile_steps(
         operators=[(name, count / steps, seconds / steps) for name, count, seconds in operators],
         peak_bytes=_peak_bytes(device),
     )  # fmt: skip
-    write_whole(out / NUMBERS, (json.dumps(dataclasses.asdict(result), indent=2) + "\n").encode())
-    return result
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: of the GPU, of numpy, or of PyTorch's on the CPU, which has no class of its own."""
+    words = ("DefaultCPUAllocator", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def synthetic_batch(size: tuple[int, int], batch_size: int, config: Config) -> Batch:

@@ -18,8 +18,9 @@ WAITING_CALLS = (
     "cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpy2D", "cudaFree",
 )  # fmt: skip
 # Operators that need a value, or the number of their results, on the host. On a CPU they wait for nothing.
+SCALAR = "aten::_local_scalar_dense"
 WAITING_OPERATORS = (
-    "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::bincount",
+    SCALAR, "aten::nonzero", "aten::equal", "aten::masked_select", "aten::bincount",
     "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "torchvision::nms",
 )  # fmt: skip
 
@@ -115,17 +116,29 @@ def _device_work(events: list[dict], clock: _Clock) -> tuple[Counter, Counter]:
 def _waits(events: list[dict], clock: _Clock, on_gpu: bool) -> Iterator[tuple[str, str]]:
     """(phase, what) of everything inside the steps that waits for the device, or would on a GPU."""
     operators = [e for e in events if e.get("cat") == "cpu_op"]
-    if on_gpu:
-        found = [e for e in events if e.get("cat") == "cuda_runtime" and _call_name(e) in WAITING_CALLS]
-    else:
-        waiting = [e for e in operators if e["name"] in WAITING_OPERATORS]
-        found = [e for e in waiting if not any(_holds(other, e) for other in waiting if other is not e)]
-    for event in found:
+    for event, what in (_device_waits if on_gpu else _would_be_waits)(events, operators):
         phase = clock.phase(event["ts"])
-        # The wait at the end of a step is ours. An optimizer's counts of its steps are on the CPU everywhere.
-        if phase not in (None, WAIT) and (on_gpu or phase != OPTIMIZER):
+        # The wait at the end of a step is ours. A fused optimizer's counts of its steps are read on the host where it
+        # runs on a CPU; a GPU has them in its memory, where its kernels read them.
+        counts = not on_gpu and phase == OPTIMIZER and what == SCALAR
+        if phase not in (None, WAIT) and not counts:
+            yield phase, what
+
+
+def _device_waits(events: list[dict], operators: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Each call that waits for the device, with the innermost operator around it."""
+    for event in events:
+        if event.get("cat") == "cuda_runtime" and _call_name(event) in WAITING_CALLS:
             around = min((e for e in operators if _holds(e, event)), key=lambda e: e["dur"], default=None)
-            yield phase, f"{around['name']}, {_call_name(event)}" if on_gpu and around else _call_name(event)
+            yield event, f"{around['name']}, {_call_name(event)}" if around else _call_name(event)
+
+
+def _would_be_waits(events: list[dict], operators: list[dict]) -> Iterator[tuple[dict, str]]:
+    """Each operator that would wait on a GPU; those within another one are part of it."""
+    waiting = [e for e in operators if e["name"] in WAITING_OPERATORS]
+    for event in waiting:
+        if not any(_holds(other, event) for other in waiting if other is not event):
+            yield event, event["name"]
 
 
 def _call_name(event: dict) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ..errors import CheckpointError, ConfigError, DataError
+from ..errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from .evaluate import evaluate
 from .predict import predict
 from .summary import summary
@@ -23,9 +23,12 @@ for command in (train, evaluate, predict, summary):
 
 
 def main() -> None:
-    """Run the command line; an error meant for the user is one line on stderr and exit status 2."""
+    """Run the command line; an error meant for the user is one line on stderr and exit status 2, a stop 130."""
     try:
         app()
+    except TrainingStopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
     except (CheckpointError, ConfigError, DataError, FloatingPointError, OSError) as error:
         # From a DataLoader's worker the message is a traceback that ends with the sentence.
         sentence = str(error).strip().splitlines()[-1]

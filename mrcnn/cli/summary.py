@@ -22,7 +22,7 @@ def summary(
         str | None,
         typer.Option(metavar="HEIGHTxWIDTH", show_default=FROM_CONFIG, help="As in 800x1344; 800 is a square."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images.")] = 1,
     training: Annotated[bool, typer.Option("--training/--inference", help="Losses or detections.")] = True,
     objects: Annotated[int, typer.Option(min=1, help="Ground-truth slots an image.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,

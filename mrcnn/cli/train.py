@@ -32,6 +32,7 @@ from .common import (
     held_out_shapes,
     progress_bar,
 )
+from .interrupt import stop_signals
 
 RESUME = (
     "Go on with the run in --output from its checkpoint.pt, with its configuration: of other values only "
@@ -81,7 +82,10 @@ def train(
         typer.Option(show_default=FROM_CONFIG, help="Of weights, order, augmentation and sampling."),
     ] = None,
 ) -> None:
-    """Train on COCO-format data, or on synthetic shapes (--data shapes)."""
+    """Train on COCO-format data, or on synthetic shapes (--data shapes).
+
+    Ctrl-C or SIGTERM: the run saves a checkpoint after its step and exits with status 130; --resume goes on.
+    """
     check_output(output, resuming=resume)
     resumed, started_from = _checkpoints(output, resume, init_from)
     given = {
@@ -98,11 +102,12 @@ def train(
     training, validation = _datasets(data, resolved, images, annotations, val_images, val_annotations)
     _warn(resolved, chosen.type, starts_random=not (resumed or started_from))
     done = resumed.step if resumed else 0
-    with progress_bar() as bar, use_backend(ops):
+    with progress_bar() as bar, use_backend(ops), stop_signals() as should_stop:
         report = _Report(bar, done, resolved.train.steps)
         train_model(
             training, resolved, output, chosen, validation, report.on_step,
             resume=resumed, init_from=started_from, tensorboard=tensorboard, on_note=report.on_note,
+            should_stop=should_stop,
         )  # fmt: skip
     if done == resolved.train.steps:
         console.print(f"the run was complete: it has taken its {done} steps")

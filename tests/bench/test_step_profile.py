@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.step_profile import run
 from bench.step_profile.phases import BACKWARD, OPTIMIZER, OTHER, PREFIX, STEP, WAIT
 from bench.step_profile.report import profile_report
 from bench.step_profile.run import profile_named, profile_steps
@@ -149,6 +150,38 @@ def test_nested_waiting_operators_are_one():
     assert waits == {"box_selection: torchvision::nms": 1, "box_selection: aten::nonzero": 1}
 
 
+# Written out again: a call that is dropped from the lists would be a wait that nobody sees.
+CALLS = [
+    "cudaDeviceSynchronize",
+    "cudaStreamSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cudaMemcpy2D",
+    "cudaFree",
+]
+SIZED = ["_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2", "unique_dim"]
+OPERATORS = [*(f"aten::{name}" for name in [*SIZED, "unique_consecutive"]), "torchvision::nms"]
+
+
+@pytest.mark.parametrize("name", [*CALLS, *OPERATORS])
+def test_everything_that_waits_is_counted(name):
+    on_gpu = name in CALLS
+    step, stage = event("user_annotation", PREFIX + STEP, 0, 100), event("user_annotation", PREFIX + "rpn", 10, 50)
+    found = event("cuda_runtime" if on_gpu else "cpu_op", name, 20, 5, correlation=1)
+    assert read_trace([step, stage, found], on_gpu)[2] == {f"rpn: {name}": 1}
+
+
+def test_an_optimizers_counts_are_no_waits_on_a_cpu():
+    # A fused one reads them on the host there, and on a GPU in its kernels; anything else in its phase is a wait.
+    events = [
+        event("user_annotation", PREFIX + STEP, 0, 100),
+        event("user_annotation", PREFIX + OPTIMIZER, 10, 50),
+        event("cpu_op", "aten::_local_scalar_dense", 20, 5),
+        event("cpu_op", "aten::nonzero", 30, 5),
+    ]
+    assert read_trace(events, on_gpu=False)[2] == {f"{OPTIMIZER}: aten::nonzero": 1}
+
+
 def test_the_table_of_a_gpu_names_it(profiled):
     seconds, phases, waits = read_trace(list(gpu_trace()), on_gpu=True)
     result = dataclasses.replace(
@@ -162,6 +195,35 @@ def test_the_table_of_a_gpu_names_it(profiled):
 def test_the_trace_is_readable_again(profiled):
     folder, result = profiled
     assert read_trace(read_events(folder / "trace.json.gz"), on_gpu=False)[0] == result.seconds
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 10. GiB"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("a bug"),
+    ],
+)
+def test_a_run_that_fails_leaves_the_last_result(error, tmp_path, monkeypatch):
+    # Nothing of the folder is touched before there is something better; what does not fit is a sentence, a bug is not.
+    kept = {"profile.json": b"hours of work", "trace.json.gz": b"its trace"}
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(run, "read_events", fail)  # after the steps and their trace
+    arguments = ["--out", str(tmp_path), "--image-size", "64", "--batch", "1", "--steps", "1", "--warmup", "1"]
+    small = [word for setting in SMALL for word in ("--set", setting)]
+    result = CliRunner().invoke(app, ["profile", *arguments, *small, "--device", "cpu"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    if str(error) == "a bug":
+        assert result.exception is error
+    else:
+        assert result.exit_code == 2 and result.output.startswith("error: not enough memory for this step")
 
 
 def test_command_errors_are_sentences(tmp_path):

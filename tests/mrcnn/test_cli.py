@@ -2,8 +2,13 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from mrcnn import cli
 from mrcnn.checkpoint import load_checkpoint
+from mrcnn.cli.interrupt import stop_signals
 from mrcnn.config import CONFIGS, load_config
 from mrcnn.data.shapes import ShapesDataset
 
@@ -214,6 +220,54 @@ def test_resume_goes_on(stopped, tmp_path, capsys):
     assert "the run was complete" in capsys.readouterr().err
 
 
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from mrcnn.cli import main; main()"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_process_is_resumed_to_the_last_bit(sent, coco, tmp_path):
+    # A real process, with workers, which get a terminal's Ctrl-C too. It says where its checkpoint is; the run that
+    # goes on from there ends as one that was left alone.
+    few = ["--images", coco / "images", "--annotations", coco / "annotations.json", *SMALL, *FEW_ROIS]
+    few += ["--steps", 12, "--workers", 1, "--device", "cpu"]
+    few += ["--set", "train.log_every=1", "--set", "train.save_every=1000"]
+    command = [sys.executable, "-c", START, *map(str, ["train", *few, "--output", tmp_path / "parts"])]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "parts" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.05)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)
+    else:
+        process.send_signal(sent)
+    errors = " ".join(process.communicate(timeout=120)[1].split())
+    stopped = load_checkpoint(tmp_path / "parts" / "checkpoint.pt").step
+    assert process.returncode == 130 and 0 < stopped < 12 and "Traceback" not in errors
+    assert "stopping after this step" in errors
+    assert f"stopped after step {stopped} of 12: --resume goes on from {tmp_path / 'parts' / 'checkpoint.pt'}" in errors
+    assert run("train", *few, "--output", tmp_path / "parts", "--resume") == 0
+    assert run("train", *few, "--output", tmp_path / "whole") == 0
+    assert_same_weights(tmp_path / "parts" / "checkpoint.pt", tmp_path / "whole" / "checkpoint.pt")
+
+
+def test_the_second_signal_stops_at_once():
+    # In the main thread alone, and only within the block.
+    with stop_signals() as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def elsewhere():
+        with stop_signals() as asked:
+            assert not asked() and signal.getsignal(signal.SIGTERM) is before
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(elsewhere).result()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -264,6 +318,12 @@ def test_large_backbones_on_a_cpu_are_warned_of(backbone, slow, tmp_path, capsys
     assert ("takes minutes a step on a CPU" in " ".join(capsys.readouterr().err.split())) == slow
 
 
+def test_a_batch_that_no_machine_takes_is_refused(capsys):
+    # Instead of an overflow somewhere in the trace.
+    assert run("summary", "--config", "tiny", "--batch", 100_000_000_000) == 2
+    assert "--batch" in capsys.readouterr().err
+
+
 def test_help_names_the_configurations(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert run("train", "--help") == 0
@@ -295,6 +355,10 @@ def test_tensorboard_from_the_command_line(coco, tmp_path):
         ),
         (["train", "--output", "OUT", "--data", "shapes", *SMALL, "--set", "train.log_every=0"], "at least 1"),
         (["train", "--output", __file__, "--data", "shapes", *SMALL], "is a file; a folder is wanted"),
+        (
+            ["train", "--output", f"{__file__}/run", "--data", "shapes", *SMALL],
+            "run cannot be written: Not a directory",
+        ),
         (["train", "--output", "OUT", "--data", "shapes", "--images", "x"], "--data shapes takes no images"),
         (["train", "--output", "OUT", "--data", "shapes", "--resume"], "nothing to resume: there is no "),
         (["train", "--output", "OUT", "--data", "shapes", "--resume", "--init-from", "x.pt"], "takes no --init-from"),

@@ -1,7 +1,9 @@
 """A run that was stopped goes on as if it had not been; another run can start from its weights."""
 
+import copy
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ import torch
 from mrcnn import train as training
 from mrcnn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mrcnn.config import load_config
+from mrcnn.data.coco import CocoDataset
 from mrcnn.data.shapes import ShapesDataset
-from mrcnn.errors import CheckpointError, ConfigError, DataError
+from mrcnn.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from mrcnn.loader import training_batches
 from mrcnn.modeling import MaskRCNN
-from mrcnn.resume import initialise
+from mrcnn.optim import build_optimizer, build_schedule
+from mrcnn.resume import describe_data, initialise, restore, training_state
 from mrcnn.train import train
 
 CPU = torch.device("cpu")
@@ -142,6 +146,32 @@ def test_the_best_so_far_is_remembered(tmp_path, monkeypatch):
     assert [line["best_step"] for line in lines(tmp_path) if "evaluation" in line] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("left", [None, "", "3\n[]\nnull\n{}\n"])
+def test_the_best_survives_lost_lines(left, tmp_path, monkeypatch):
+    # metrics.jsonl removed, emptied or overwritten: the checkpoint knows the best by itself, also where nothing was
+    # saved since, and a worse model does not take its place. With eval_every changed, step 2 is not evaluated again.
+    monkeypatch.setattr(training, "evaluate", mask_aps(0.4, 0.3))
+    checkpoint = stopped(tmp_path, small("train.eval_every=2", "train.save_every=6"), 3, ShapesDataset(2, 64))
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.unlink() if left is None else metrics.write_text(left)
+    train(data(), small(), tmp_path, CPU, ShapesDataset(2, 64), resume=checkpoint)
+    assert load_checkpoint(tmp_path / "best.pt").step == 2
+    assert [(line["best_step"], line["best_segm_AP"]) for line in lines(tmp_path) if "evaluation" in line] == [(2, 0.4)]
+
+
+def test_config_json_is_rewritten_where_it_differs(tmp_path):
+    checkpoint = stopped(tmp_path, small(), 3)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    os.utime(path, (1, 1))
+    with pytest.raises(Stopped):
+        train(data(), small(), tmp_path, CPU, on_step=stop_at(4), resume=checkpoint)
+    assert path.stat().st_mtime == 1
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt", training=True)
+    train(data(), small("train.workers=1"), tmp_path, CPU, resume=checkpoint)
+    assert path.read_text() != text and json.loads(path.read_text())["train"]["workers"] == 1
+
+
 def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
     # Killed while evaluating the last step: nothing is left to train, and the AP is still missing.
     def killed(*_):
@@ -218,6 +248,84 @@ def test_a_resumed_run_keeps_its_data(three_steps):
     other.class_names = ["__background__", "circle", "square", "star"]
     with pytest.raises(DataError, match=r"has the categories .*triangle.*, the data has .*star"):
         train(other, small(), three_steps, CPU, resume=checkpoint)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"crowded": True}, {"image_size": 96}])
+def test_as_many_other_pictures_are_refused(other, three_steps):
+    checkpoint = load_checkpoint(three_steps / "checkpoint.pt", training=True)
+    before = {path.name: path.read_bytes() for path in three_steps.iterdir()}
+    with pytest.raises(DataError, match="as many images as that of the run to resume, but others"):
+        train(ShapesDataset(5, **{"image_size": 64} | other), small(), three_steps, CPU, resume=checkpoint)
+    assert {path.name: path.read_bytes() for path in three_steps.iterdir()} == before
+
+
+def test_coco_data_is_known_by_its_annotations(tmp_path):
+    # Wherever the files lie; another name, size, id or box of any one entry makes it other data.
+    def digest(folder, change=lambda truth: None):
+        truth = ShapesDataset(3, 64).ground_truth()
+        change(truth)
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+        return describe_data(CocoDataset(folder, tmp_path / "truth.json", require_files=False))["data"]
+
+    changes = [
+        lambda truth: truth["images"][2].update(file_name="other.png"),
+        lambda truth: truth["annotations"].pop(),
+        lambda truth: truth["annotations"][0]["bbox"].__setitem__(0, truth["annotations"][0]["bbox"][0] + 1),
+        lambda truth: truth["annotations"][0].update(category_id=truth["annotations"][0]["category_id"] % 3 + 1),
+    ]
+    assert digest("here") == digest("there") and len({digest("here", change) for change in changes}) == len(changes)
+    assert digest("here") not in {digest("here", change) for change in changes}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["to channels_last", "from channels_last"])
+def test_optimizer_state_follows_the_layout_of_its_parameters(layouts, optimizer):
+    # A GPU trains in channels_last, a CPU does not: momenta of one beside weights of the other would be walked in
+    # another order by a fused step. The steps after are those of a run that never changed.
+    config = small(f"train.optimizer={optimizer}").train
+    memory = (torch.contiguous_format, torch.channels_last)
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(6, 5, 1))
+    saved = copy.deepcopy(model).to(memory_format=memory[layouts[0]])
+
+    def steps(model, optimizer, seed):
+        torch.manual_seed(seed)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
+            optimizer.step()
+
+    before = build_optimizer(saved, config)
+    schedule = build_schedule(before, config)
+    steps(saved, before, 0)
+    state = copy.deepcopy(training_state(before, schedule, CPU))
+    resumed = copy.deepcopy(saved).to(memory_format=memory[layouts[1]])
+    after = build_optimizer(resumed, config)
+    restore(state, after, build_schedule(after, config), CPU)
+    for parameter in resumed.parameters():
+        tensors = [v for v in after.state[parameter].values() if v.shape == parameter.shape]
+        assert tensors and all(v.stride() == parameter.stride() for v in tensors)
+    steps(saved, before, 1)
+    steps(resumed, after, 1)
+    for name, value in saved.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_run_that_is_asked_to_stop_saves_itself(tmp_path, monkeypatch):
+    # Between checkpoints, and in a step of an evaluation: that one is made up for, not waited for.
+    monkeypatch.setattr(training, "evaluate", mask_aps(0.1, 0.2, 0.3))
+    config, whole, parts = small("train.eval_every=2"), tmp_path / "whole", tmp_path / "parts"
+    validation = ShapesDataset(2, 64)
+    train(data(), config, whole, CPU, validation)
+    monkeypatch.setattr(training, "evaluate", mask_aps(0.1, 0.2, 0.3))
+    checkpoint = None
+    for step in (1, 2):
+        with pytest.raises(TrainingStopped, match=rf"stopped after step {step} of 6: --resume goes on from .*parts/ch"):
+            train(data(), config, parts, CPU, validation, resume=checkpoint, should_stop=lambda: True)
+        checkpoint = load_checkpoint(parts / "checkpoint.pt", training=True)
+        assert checkpoint.step == step and not (parts / "best.pt").exists()
+    train(data(), config, parts, CPU, validation, resume=checkpoint)
+    assert lines(parts) == lines(whole)
+    assert_same(parts, whole)
 
 
 def test_a_checkpoint_of_weights_alone_cannot_be_resumed(three_steps):

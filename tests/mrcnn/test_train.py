@@ -1,7 +1,9 @@
 """The training loop's parts: each would be missed silently if it did nothing."""
 
 import dataclasses
+import errno
 import json
+import tempfile
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from mrcnn.errors import ConfigError, DataError
 from mrcnn.inference import evaluate
 from mrcnn.modeling import MaskRCNN
 from mrcnn.optim import build_optimizer, build_schedule, learning_rate_factor
-from mrcnn.train import train, training_step
+from mrcnn.train import check_output, train, training_step
 
 CPU = torch.device("cpu")
 
@@ -108,7 +110,7 @@ def test_clipping_limits_the_step():
 
 
 def test_checkpoints_and_evaluations_come_when_asked_for(tmp_path, monkeypatch):
-    # Every second step an evaluation, every third a checkpoint; both at the end.
+    # Every second step an evaluation, every third a checkpoint; both at the end. A new best is written into it.
     saved = []
 
     def save(path, checkpoint):
@@ -116,10 +118,11 @@ def test_checkpoints_and_evaluations_come_when_asked_for(tmp_path, monkeypatch):
             saved.append(checkpoint.step)
 
     monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(training, "evaluate", evaluations(0.1, 0.0, 0.2, 0.0))
     config = small("train.steps=7", "train.eval_every=2", "train.save_every=3", "train.log_every=5")
     train(ShapesDataset(4, 64), config, tmp_path / "run", CPU, ShapesDataset(2, 64))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert saved == [2, 3, 4, 6, 7]
+    assert saved == [2, 2, 3, 4, 6, 6, 7]
     assert [line["step"] for line in lines if "evaluation" in line] == [2, 4, 6, 7]
     assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4, 5, 6, 7]
 
@@ -264,6 +267,30 @@ def test_a_folder_with_a_checkpoint_is_not_overwritten(name, tmp_path):
     with pytest.raises(ConfigError, match=f"already holds a {name}: --resume goes on with that run"):
         train(ShapesDataset(2, 64), small(), tmp_path, CPU)
     assert (tmp_path / name).read_bytes() == b"hours of work"
+
+
+@pytest.mark.parametrize("folder", ["there", "there/new/run"])
+def test_a_folder_that_cannot_be_written_is_found_at_once(folder, tmp_path, monkeypatch):
+    # A read-only disk, below which the folder may have to be made; nothing is left there by looking.
+    (tmp_path / "there").mkdir()
+    check_output(tmp_path / folder)
+    assert not list((tmp_path / "there").iterdir())
+    asked = []
+
+    def refuse(dir):
+        asked.append(dir)
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(ConfigError, match=r"--output .* cannot be written: Read-only file system"):
+        check_output(tmp_path / folder)
+    assert asked == [tmp_path / "there"]
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        check_output(tmp_path / "file" / "run")
 
 
 def test_no_images():
