@@ -147,10 +147,17 @@ def _warn(config: Config, device: str, starts_random: bool) -> None:
     model = config.model
     if device == "cpu" and model.backbone in ("resnet50", "resnet101"):
         console.print("this configuration takes minutes a step on a CPU; --config tiny is meant for one")
-    if model.frozen_stages > 0 and starts_random and not model.weights:
+    if not starts_random or model.weights:
+        return
+    if model.frozen_stages > 0:
         console.print(
             f"warning: model.frozen_stages={model.frozen_stages} freezes layers with random weights: "
             "set model.weights or --init-from, or model.frozen_stages=0"
+        )
+    if model.norm == "frozen_bn":
+        console.print(
+            "warning: model.norm=frozen_bn with random weights normalises nothing: set model.weights or --init-from, "
+            "or a norm that learns (bn, sync_bn, gn)"
         )
 
 

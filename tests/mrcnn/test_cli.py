@@ -302,11 +302,13 @@ def test_training_starts_from_a_checkpoint_and_names_the_best(trained, coco, tmp
 
 
 def test_frozen_random_layers_are_warned_of(tmp_path, capsys, monkeypatch):
-    # It works, and is hardly what anybody wants.
+    # It works, and is hardly what anybody wants: random layers that stay so, and batch norm without statistics.
     monkeypatch.setattr(train_command, "train_model", lambda *_, **__: None)
-    options = ["--data", "shapes", *SMALL, "--steps", 1, *FEW_ROIS, "--set", "model.frozen_stages=2"]
+    options = ["--data", "shapes", *SMALL, "--set", "model.frozen_stages=2", "--set", "model.norm=frozen_bn"]
     assert run("train", *options, "--output", tmp_path / "run") == 0
-    assert "model.frozen_stages=2 freezes layers with random weights" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "model.frozen_stages=2 freezes layers with random weights" in said
+    assert "model.norm=frozen_bn with random weights normalises nothing" in said
 
 
 @pytest.mark.parametrize(("backbone", "slow"), [("resnet18", False), ("resnet50", True), ("resnet101", True)])
