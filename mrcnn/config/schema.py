@@ -70,7 +70,7 @@ class ModelConfig:
     mask_pool_size: int = 14  # the masks have twice that side
     mask_layers: int = 4
     mask_channels: int = 256
-    mask_loss: Literal["bce", "softmax", "canvas"] = "bce"  # see modeling/mask_losses.py
+    mask_loss: Literal["bce", "softmax", "canvas"] = "bce"  # see modeling/mask_losses.py; softmax needs two classes
     mask_target: Literal["soft", "binary"] = (
         "soft"  # torchvision's, or detectron2's: aligned, thresholded; not of canvas
     )

@@ -40,6 +40,8 @@ def _validate_model(model: ModelConfig) -> None:
             raise ConfigError(f"model.{name} must be in (0, 1], got {getattr(model, name)}")
     if int(model.roi_samples * model.roi_positive_fraction) < 1:
         raise ConfigError("model.roi_samples x model.roi_positive_fraction must be at least 1, or no mask is trained")
+    if model.mask_loss == "softmax" and model.num_classes < 3:
+        raise ConfigError("model.mask_loss=softmax is identically 0 with one class: take bce or canvas")
     if len(model.anchor_sizes) not in (4, 5):
         raise ConfigError("model.anchor_sizes needs one size a level: four for P2..P5, five for P2..P6")
     for name in ("anchor_scales", "aspect_ratios"):

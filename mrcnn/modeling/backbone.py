@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Callable
 
 import torch
@@ -100,9 +99,9 @@ def load_pretrained(backbone: ResNet, weights: str) -> None:
             f"{torch.hub.get_dir()}/checkpoints, or train from scratch with model.weights='', model.frozen_stages=0 "
             "and a norm that learns (bn, gn)"
         ) from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever the unpickler stumbles over in a file of another kind
         raise ConfigError(
-            f"the file of {entry.url} in {torch.hub.get_dir()}/checkpoints is damaged ({str(error).splitlines()[0]}): "
+            f"the file of {entry.url} in {torch.hub.get_dir()}/checkpoints is damaged ({type(error).__name__}): "
             "delete it, and it is downloaded again"
         ) from None
     parts = ((*key.partition("."), value) for key, value in state.items())

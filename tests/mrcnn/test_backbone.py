@@ -119,9 +119,10 @@ def test_weights_that_do_not_fit(hub):
         load_pretrained(ResNet("resnet18", "gn"), "DEFAULT")
 
 
-def test_weights_in_a_damaged_file(hub):
-    # As a download that was cut off leaves it: not to be mistaken for a missing network.
-    (hub / "resnet18-f37072fd.pth").write_bytes(b"PK half a file")
+@pytest.mark.parametrize("content", [b"", b"PK half a file", b"garbage\n" * 40, b"<html>not found</html>"])
+def test_weights_in_a_damaged_file(content, hub):
+    # As a download that was cut off leaves it, or a page put there for it: not to be mistaken for a missing network.
+    (hub / "resnet18-f37072fd.pth").write_bytes(content)
     with pytest.raises(ConfigError, match=r"is damaged .*: delete it"):
         load_pretrained(ResNet("resnet18", "bn"), "DEFAULT")
 

@@ -145,6 +145,13 @@ def test_bad_files(name, content, message, tmp_path):
         load_config(str(path))
 
 
+def test_one_class_has_nothing_to_compete_with():
+    # Softmax over one channel is 1: the mask loss would be 0 in every step, and nobody would know why.
+    config = load_config("tiny", ["model.mask_loss=softmax", "model.num_classes=2"])
+    with pytest.raises(ConfigError, match="softmax is identically 0 with one class: take bce or canvas"):
+        validate(config)
+
+
 # What detectron2's configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml and the defaults under it say, and what
 # the tutorial does (reports/tutorial/README.md), written out once more.
 SAID = {
