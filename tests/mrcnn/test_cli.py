@@ -249,7 +249,15 @@ def test_a_stopped_process_is_resumed_to_the_last_bit(sent, coco, tmp_path):
     assert_same_weights(tmp_path / "parts" / "checkpoint.pt", tmp_path / "whole" / "checkpoint.pt")
 
 
-def test_the_second_signal_stops_at_once():
+@pytest.fixture
+def python_takes_ctrl_c():
+    """Also where the tests run in the background of a shell, which then ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_stops_at_once(python_takes_ctrl_c):
     # In the main thread alone, and only within the block.
     with stop_signals() as asked:
         assert not asked()
