@@ -55,7 +55,7 @@ def describe(run: dict) -> str:
 
 
 def _environment() -> dict[str, object]:
-    """As of the first run; thread counts are those of this study, not of the clock's."""
+    """The machine and its versions, without the thread counts that are the clock's."""
     environment = describe_environment()
     return {key: environment[key] for key in ("gpu", "driver", "versions", "cuda", "python", "cpu_name")} | {
         "cpus": os.cpu_count()

@@ -46,7 +46,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     values = {key: value for key, value in values.items() if key != "class_names"}  # a run's config.json has them too
     base = values.pop("base", "torchvision")
     name = values.pop("name", base)
-    if base not in CONFIGS:
+    if not isinstance(base, str) or base not in CONFIGS:
         raise ConfigError(f"unknown base configuration {base!r}; choose one of {', '.join(CONFIGS)}")
     return dataclasses.replace(_replace(CONFIGS[base], values, "configuration"), name=str(name))
 

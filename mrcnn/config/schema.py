@@ -43,9 +43,7 @@ class ModelConfig:
     rpn_sampling: Literal["random", "hard"] = "random"  # of the negatives; hard takes those of the highest loss
     rpn_negative_ratio: float = 0.0  # negatives a positive, at most; 0: negatives fill the sample
     rpn_class_normalizer: Normalizer = "sampled"  # N_cls: anchors drawn; slots (B x rpn_samples); positives; cells
-    rpn_box_normalizer: Normalizer = (
-        "sampled"  # N_reg: likewise; cells are the positions of all levels, B x sum of H x W
-    )
+    rpn_box_normalizer: Normalizer = "sampled"  # N_reg: likewise; cells: positions of all levels, B x sum of H x W
     rpn_box_beta: float = 1 / 9  # where smooth L1 turns from a parabola to a line; 0 is L1
     rpn_nms_threshold: float = 0.7
     pre_nms_top_n: tuple[int, int] = (2000, 1000)  # a level; in training, in inference
@@ -71,9 +69,7 @@ class ModelConfig:
     mask_layers: int = 4
     mask_channels: int = 256
     mask_loss: Literal["bce", "softmax", "canvas"] = "bce"  # see modeling/mask_losses.py; softmax needs two classes
-    mask_target: Literal["soft", "binary"] = (
-        "soft"  # torchvision's, or detectron2's: aligned, thresholded; not of canvas
-    )
+    mask_target: Literal["soft", "binary"] = "soft"  # torchvision's; detectron2's aligned and thresholded; not canvas
     head_norm: Literal["none", "bn", "sync_bn", "gn"] = "none"  # of the box and mask heads' convolutions
 
     # Weights of the losses in the total: the paper's lambda is rpn_box_weight

@@ -74,17 +74,7 @@ def _project(
 
 
 @_project.register_fake
-def _(
-    pool: Tensor,
-    offset: Tensor,
-    extent: Tensor,
-    boxes: Tensor,
-    lengths: Tensor,
-    size: int,
-    height: int,
-    width: int,
-    aligned: bool,
-) -> Tensor:
+def _(pool: Tensor, offset: Tensor, extent: Tensor, boxes: Tensor, lengths: Tensor, size: int, *rest: object) -> Tensor:
     return boxes.new_empty(boxes.shape[0], size, size)
 
 

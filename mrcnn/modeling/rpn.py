@@ -89,19 +89,20 @@ class RPNLoss(nn.Module):
         objectness = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="none")
         wanted = encode(take(targets.boxes, matched.long().gather(1, index)), anchors[index])
         error = F.smooth_l1_loss(deltas, wanted, beta=config.rpn_box_beta, reduction="none").sum(-1)
-        # "slots" counts what was asked for, also where an image has fewer anchors than that.
-        numbers = {
-            "sampled": drawn.sum().clamp(min=1),
-            "positives": positive.sum().clamp(min=1),
-            "slots": len(logits) * config.rpn_samples,
-            "cells": len(logits) * cells,
-        }
-        class_weight = config.objectness_weight / numbers[config.rpn_class_normalizer]
-        box_weight = config.rpn_box_weight / numbers[config.rpn_box_normalizer]
+        n_cls = self.number(config.rpn_class_normalizer, drawn, positive, cells)
+        n_reg = self.number(config.rpn_box_normalizer, drawn, positive, cells)
         return {
-            "loss_objectness": (objectness * drawn).sum() * class_weight,
-            "loss_rpn_box": (error * positive).sum() * box_weight,
+            "loss_objectness": (objectness * drawn).sum() * (config.objectness_weight / n_cls),
+            "loss_rpn_box": (error * positive).sum() * (config.rpn_box_weight / n_reg),
         }
+
+    def number(self, normalizer: str, drawn: Tensor, positive: Tensor, cells: int) -> Tensor | int:
+        """What a loss is divided by, from drawn and positive [B, S]; a count on the device stays there."""
+        if normalizer == "slots":  # what was asked for, also where an image has fewer anchors than that
+            return len(drawn) * self.config.rpn_samples
+        if normalizer == "cells":
+            return len(drawn) * cells
+        return (drawn if normalizer == "sampled" else positive).sum().clamp(min=1)
 
     @torch.no_grad()
     def sample(self, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

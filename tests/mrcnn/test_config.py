@@ -134,6 +134,7 @@ def test_the_named_configurations_work(name):
         ("broken.json", '{"model": ', "is not valid JSON"),
         ("list.json", "[1]", "must hold the sections"),
         ("base.toml", 'base = "huge"', "unknown base configuration 'huge'"),
+        ("bases.toml", 'base = ["tiny"]', r"unknown base configuration \['tiny'\]"),
         ("flat.toml", "model = 3", "section 'model' must be a table"),
     ],
 )
