@@ -18,7 +18,13 @@ from mrcnn.structures import Batch
 
 TOLERANCE = 1e-4
 KERNELS = {
-    "multiscale_roi_align": ("roi_align_forward_kernel", "roi_align_backward_kernel"),
+    "multiscale_roi_align": (
+        "roi_geometry_kernel",
+        "roi_align_forward_kernel",
+        "group_rois_kernel",
+        "list_rois_kernel",
+        "roi_align_gather_kernel",
+    ),
     "box_iou": ("box_iou_kernel",),
     "label_anchors": ("best_iou_of_gt_kernel", "label_anchors_kernel"),
     "nms_mask": ("nms_mask_kernel",),

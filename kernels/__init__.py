@@ -23,7 +23,7 @@ from .box_iou import box_iou
 from .label_anchors import label_anchors
 from .mask_bce_loss import mask_bce_loss
 from .nms_mask import nms_mask
-from .roi_align import multiscale_roi_align, roi_align
+from .roi_align import joint_multiscale_roi_align, multiscale_roi_align, roi_align
 from .runtime import HAS_TRITON, INTERPRETED, launch_counts
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "INTERPRETED",
     "box_iou",
     "choose_backend",
+    "joint_multiscale_roi_align",
     "label_anchors",
     "launch_counts",
     "mask_bce_loss",

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when it is imported, so it must be set before Python imports triton.
@@ -71,11 +74,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         _recorded.append(Launch(kernel, grid, args, meta))
         return
     launch_counts[kernel.__name__] += 1
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
     else:
         kernel[grid](*args, **meta)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether someone is watching or stands in for the operators: torch.compile, export, fake tensors, a mode.
+
+    They see an op that is registered with torch.library; to the eager rest, that is only overhead.
+    """
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_in_torch_dispatch_mode()
 
 
 def tile(on_gpu: int, interpreted: int) -> int:

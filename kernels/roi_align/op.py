@@ -1,4 +1,4 @@
-"""`roi_align` and `multiscale_roi_align`: argument checks and the choice of backend."""
+"""`roi_align`, `multiscale_roi_align` and the joint form: argument checks and the choice of backend."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..backend import choose_backend
 from ..checks import check_indices, check_same_device, check_tensor, pair
-from . import reference
-from .library import is_channels_last, memory_format, roi_align_forward
+from . import library, reference
+from .launches import Pooling, is_channels_last, layout
+
+BACKWARDS = ("auto", "gather", "atomic")
 
 
 def roi_align(
@@ -23,33 +25,38 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
     *,
+    backward: str = "auto",
+    memory_format: torch.memory_format | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """RoIAlign on one feature map; arguments and results are those of `torchvision.ops.roi_align`.
 
     Args:
-        input: [B, C, H, W] features, fp16, bf16, fp32 or fp64, any strides (contiguous, channels_last, ...).
+        input: [B, C, H, W] features, fp16, bf16, fp32 or fp64, any strides; channels_last is the fastest.
         boxes: [K, 5] rows of (batch index, x1, y1, x2, y2), or a list of [L, 4] boxes, one tensor an image.
         output_size: bins (height, width), or one number for both.
         spatial_scale: feature cells a unit of box coordinates.
         sampling_ratio: samples a bin and axis; <= 0 takes ceil(RoI size / bins) for each RoI.
         aligned: shift by half a cell, as detectron2 does; without it RoIs are at least one cell wide and high.
+        backward: how Triton's gradient is summed. "gather": deterministic, bit for bit the same in every run; "atomic":
+            in any order. "auto" is "gather", which is expected to be the faster too.
+        memory_format: of the result, torch.channels_last or torch.contiguous_format; None takes the input's.
         backend: see `BACKENDS`. On a CPU "auto" is torchvision, which computes half types in fp32.
 
     Returns:
-        [K, C, height, width] in the input's dtype, channels_last where the input is (torchvision's backend always
-        returns contiguous results). Coordinates and sums are fp32 (fp64 for fp64); autocast changes nothing. No
-        gradient flows to the boxes; there is no second derivative. The Triton backward adds with atomics: on a GPU its
-        sums can differ in the last bit from run to run, so under `torch.use_deterministic_algorithms(True)` "auto" is
-        the PyTorch reference there.
+        [K, C, height, width] in the input's dtype. Coordinates and sums are fp32 (fp64 for fp64); autocast changes
+        nothing. No gradient flows to the boxes; there is no second derivative. Under
+        `torch.use_deterministic_algorithms(True)` Triton's backward is "gather", whatever was asked for. There, inf or
+        NaN in the incoming gradient of a RoI may spread to cells within 16 of its own.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, shape or device.
+        TypeError, ValueError: wrong type, dtype, shape, device or option.
         IndexError: a batch index out of range (CPU tensors; on a GPU such a RoI gives zeros).
     """
     check_tensor(input, "input", 4)
     rois = boxes if isinstance(boxes, Tensor) else _rois_from_list(boxes)
-    return _pool([input], rois, output_size, [float(spatial_scale)], sampling_ratio, aligned, 224, 4, backend)
+    options = ([float(spatial_scale)], sampling_ratio, aligned, 224, 4)
+    return _pool([input], [rois], [output_size], *options, backward, memory_format, backend)[0]
 
 
 def multiscale_roi_align(
@@ -62,6 +69,8 @@ def multiscale_roi_align(
     canonical_scale: int = 224,
     canonical_level: int = 4,
     *,
+    backward: str = "auto",
+    memory_format: torch.memory_format | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """RoIAlign of each RoI on the pyramid level that fits its size, all levels in one launch.
@@ -73,13 +82,55 @@ def multiscale_roi_align(
     Args:
         features: L maps [B, C, H_l, W_l], finest first, of one dtype, batch size and number of channels.
         rois: [K, 5] rows of (batch index, x1, y1, x2, y2) in image pixels; batch indices in any order.
-        output_size, sampling_ratio, aligned, backend: as in `roi_align`.
+        output_size, sampling_ratio, aligned, backward, memory_format, backend: as in `roi_align`.
         scales: L numbers, cells a pixel of each level, e.g. [1/4, 1/8, 1/16, 1/32].
         canonical_scale, canonical_level: a box of this side (pixels) belongs to the level of scale 2**-level.
 
     Returns:
         [K, C, height, width] in the features' dtype; precision, gradients and errors as `roi_align`.
     """
+    scales = _check_pyramid(features, scales)
+    options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
+    return _pool(list(features), [rois], [output_size], *options, backward, memory_format, backend)[0]
+
+
+def joint_multiscale_roi_align(
+    features: Sequence[Tensor],
+    rois: Sequence[Tensor],
+    output_sizes: Sequence[int | tuple[int, int]],
+    scales: Sequence[float],
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    canonical_scale: int = 224,
+    canonical_level: int = 4,
+    *,
+    backward: str = "auto",
+    memory_format: torch.memory_format | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """`multiscale_roi_align` of several sets of RoIs on the same maps, e.g. those of a box head and of a mask head.
+
+    The results are those of a call for each set. The gradient of the maps is written once for all sets, where separate
+    calls would each write maps full of it for autograd to add.
+
+    Args:
+        features, scales, sampling_ratio, aligned, canonical_scale, canonical_level: as in `multiscale_roi_align`.
+        rois: a tensor [K_s, 5] for each set.
+        output_sizes: bins for each set.
+        backward, memory_format, backend: as in `roi_align`.
+
+    Returns:
+        A tensor [K_s, C, height_s, width_s] for each set.
+    """
+    scales = _check_pyramid(features, scales)
+    if not isinstance(rois, Sequence) or len(rois) == 0 or len(rois) != len(output_sizes):
+        raise ValueError("rois and output_sizes must be lists of the same length, an entry for each set of RoIs")
+    options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
+    return _pool(list(features), list(rois), output_sizes, *options, backward, memory_format, backend)
+
+
+def _check_pyramid(features: Sequence[Tensor], scales: Sequence[float]) -> list[float]:
+    """The scales, once they and the maps agree."""
     if not isinstance(features, Sequence) or len(features) == 0:
         raise ValueError("features must be a non-empty list of [B, C, H, W] tensors")
     if len(features) != len(scales):
@@ -94,51 +145,69 @@ def multiscale_roi_align(
     scales = [float(s) for s in scales]
     if not all(abs(fine / coarse - 2) < 1e-6 for fine, coarse in pairwise(scales) if coarse):
         raise ValueError(f"each scale must be half the one before it, got {scales}")
-    return _pool(
-        list(features), rois, output_size, scales, sampling_ratio, aligned, canonical_scale, canonical_level, backend
-    )
+    return scales
 
 
 def _pool(
     features: list[Tensor],
-    rois: Tensor,
-    output_size: int | tuple[int, int],
+    rois: list[Tensor],
+    output_sizes: Sequence[int | tuple[int, int]],
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
     canonical_scale: int,
     canonical_level: int,
+    backward: str,
+    memory_format: torch.memory_format | None,
     backend: str,
-) -> Tensor:
-    """What both public ops do once their features and scales are lists."""
-    check_tensor(rois, "rois", 2, last=5)
-    check_same_device(rois=rois, **{f"features[{i}]": f for i, f in enumerate(features)})
-    size = pair(output_size, "output_size")
+) -> list[Tensor]:
+    """What all public ops do once their features, RoIs and scales are lists."""
+    names = ["rois"] if len(rois) == 1 else [f"rois[{i}]" for i in range(len(rois))]
+    for name, r in zip(names, rois, strict=True):
+        check_tensor(r, name, 2, last=5)
+    check_same_device(**dict(zip(names, rois, strict=True)), **{f"features[{i}]": f for i, f in enumerate(features)})
+    sizes = tuple(pair(size, "output_size") for size in output_sizes)
+    _check_options(features, scales, sampling_ratio, backward, memory_format)
+    for name, r in zip(names, rois, strict=True):
+        check_indices(r[:, 0], features[0].shape[0], f"batch indices ({name}[:, 0])")
+
+    wide = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    rois = [r.to(wide) for r in rois]
+    # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
+    memory_format = memory_format or layout(is_channels_last(features))
+    backend = choose_backend(backend, rois[0], on_cpu="torchvision")
+    options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
+    if backend == "triton":
+        atomics = backward == "atomic" and not torch.are_deterministic_algorithms_enabled()
+        pooling = Pooling(sizes, tuple(scales), *options[1:])
+        return library.pool(features, rois, pooling, memory_format == torch.channels_last, atomics)
+    one_set = _torchvision if backend == "torchvision" else _reference
+    outs = [one_set(features, r, size, *options) for r, size in zip(rois, sizes, strict=True)]
+    return [out.contiguous(memory_format=memory_format) for out in outs]
+
+
+def _check_options(
+    features: list[Tensor],
+    scales: list[float],
+    sampling_ratio: int,
+    backward: str,
+    memory_format: torch.memory_format | None,
+) -> None:
     if not all(0 < s < math.inf for s in scales):
         raise ValueError(f"spatial_scale and scales must be positive and finite, got {scales}")
     if not isinstance(sampling_ratio, int):
         raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio!r}")
     if any(0 in f.shape[1:] for f in features):
         raise ValueError(f"features must not be empty, got shapes {[tuple(f.shape) for f in features]}")
-    check_indices(rois[:, 0], features[0].shape[0], "batch indices (rois[:, 0])")
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}, got {backward!r}")
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format must be None, contiguous_format or channels_last, got {memory_format}")
 
-    dtype = features[0].dtype
-    rois = rois.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    # Triton's backward adds with atomics, in any order: not where the result has to be reproducible.
-    atomics = torch.is_grad_enabled() and any(f.requires_grad for f in features)
-    on_gpu = "torch" if atomics and torch.are_deterministic_algorithms_enabled() else "triton"
-    backend = choose_backend(backend, rois, on_cpu="torchvision", on_gpu=on_gpu)
-    options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
-    if backend == "triton":
-        if any(f[0].numel() >= 2**31 for f in features if len(f)):
-            raise ValueError("backend='triton' takes maps of less than 2**31 elements an image; use backend='torch'")
-        return roi_align_forward(features, rois, *size, *options)
-    if backend == "torchvision":
-        return _torchvision(features, rois, size, *options)
+
+def _reference(features: list[Tensor], rois: Tensor, size: tuple[int, int], *options: object) -> Tensor:
     with torch.autocast(rois.device.type, enabled=False):  # the dtypes are chosen already
-        out = reference.multiscale_roi_align(features, rois, size, *options)
-    # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
-    return out.contiguous(memory_format=memory_format(is_channels_last(features)))
+        return reference.multiscale_roi_align(features, rois, size, *options)
 
 
 def _rois_from_list(boxes: Sequence[Tensor]) -> Tensor:

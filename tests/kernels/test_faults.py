@@ -15,10 +15,14 @@ TESTS = Path(__file__).parent
 
 # kernel function, op, what stands there (once, inside that function), what the fault makes of it, tests that must fail
 FAULTS = [
-    ("roi_align_forward_kernel", "roi_align", "(wy_low * wx_high)[", "(wy_low * wx_low)[", "forward_is_as_exact"),
-    ("roi_align_backward_kernel", "roi_align", "(wy_high * wx_low)[", "(wy_high * wx_high)[", "torchvisions_pooler"),
-    ("_roi_on_level", "roi_align", "(area) + THRESHOLDS[i - 1]", "(area) + THRESHOLDS[i - 1] * 1.0001", "levels_at"),
-    ("_sample_axis", "roi_align", "position >= -1.0", "position >= 0.0", "samples_at_the_border"),
+    ("_add_sample", "roi_align", "fma(wy_low * wx_high", "fma(wy_low * wx_low", "forward_is_as_exact"),
+    ("_hat_of_sample", "roi_align", "maximum(1.0 -", "maximum(0.9 -", "torchvisions_pooler"),
+    ("roi_align_atomic_kernel", "roi_align", "(wy_high * wx_low)", "(wy_high * wx_high)", "atomics"),
+    ("list_rois_kernel", "roi_align", "x + TILE_W", "x + TILE_W - 1", "every_tile"),
+    ("group_rois_kernel", "roi_align", "== group)", "<= group)", "torchvisions_pooler"),
+    ("transpose_kernel", "roi_align", "column[:, None].to(tl.int64) * rows", "column[:, None] * columns", "transposed"),
+    ("roi_geometry_kernel", "roi_align", "(area) + THRESHOLDS[i - 1]", "(area) + THRESHOLDS[i - 1] * 1.0001", "levels"),
+    ("corners", "roi_align", "position >= -1.0", "position >= 0.0", "samples_at_the_border"),
     ("box_iou_kernel", "box_iou", "to(tl.int64))[:, None] * m", "to(tl.int64))[:, None] * n", "bit_equal"),
     ("box_iou_backward_kernel", "box_iou", "-by_union * iou", "by_union * iou", "gradient_at_ties"),
     ("best_iou_of_gt_kernel", "label_anchors", "is_object, iou, -1.0)", "is_object, iou, -1.0) * 0.5", "random_boxes"),
@@ -47,7 +51,8 @@ def run_tests(op: str, selected: str, path: Path) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(("kernel", "op", "old", "new", "selected"), FAULTS, ids=[f[0] for f in FAULTS])
 def test_fault_is_found(kernel, op, old, new, selected, tmp_path):
     shutil.copytree(KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    file = tmp_path / "kernels" / op / "kernel.py"
+    files = (tmp_path / "kernels" / op).glob("kernel*.py")
+    file = next(f for f in files if f"def {kernel}(" in f.read_text())
     before, name, rest = file.read_text().partition(f"def {kernel}(")
     body, separator, after = rest.partition("@triton.jit")
     assert body.count(old) == 1, "the kernel has changed: plant the fault anew"

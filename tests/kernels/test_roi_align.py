@@ -232,10 +232,12 @@ def test_batch_index_out_of_range(batch, device):
     # On a GPU nobody may wait to look, so the kernel itself must not read outside; checked by calling it directly.
     features = torch.ones(2, 2, 4, 4, device=device)
     rois = torch.tensor([[batch, 0.0, 0.0, 3.0, 3.0]], device=device)
-    out = library.roi_align_forward([features], rois, 2, 2, [1.0], 2, False, 224, 4)
+    options = ([1.0], 2, False, 224, 4)
+    out, table = library.roi_align_forward([features], [rois], [2, 2], *options, False, False)
     assert (out == 0).all()
-    (grad,) = library.roi_align_backward(torch.ones_like(out), rois, 2, [4, 4], False, [1.0], 2, False, 224, 4)
-    assert (grad == 0).all()
+    for atomics in (False, True):
+        (grad,) = library.roi_align_backward([torch.ones_like(out)], table, 2, [4, 4], False, *options, atomics)
+        assert (grad == 0).all()
     with pytest.raises(IndexError, match=r"batch indices .* must lie in \[0, 2\)"):
         roi_align(features.cpu(), rois.cpu(), 2, backend="torch")
 

@@ -1,0 +1,313 @@
+"""From tensors to launches: which kernels run on which layout, with which tiles. No autograd and no checks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..runtime import INTERPRETED, launch, next_power_of_2, tile
+from .reference import level_thresholds
+
+CELLS_PER_ROI = 256
+"""About as many cells as one RoI reads. Transposing maps pays once the RoIs read as many cells as there are."""
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What a call asks for apart from its tensors."""
+
+    sizes: tuple[tuple[int, int], ...]  # bins (height, width), one pair for each set of RoIs
+    scales: tuple[float, ...]
+    sampling_ratio: int  # <= 0: adaptive
+    aligned: bool
+    canonical_scale: int
+    canonical_level: int
+
+    @property
+    def geometry(self) -> dict:
+        """Compile-time constants of the table."""
+        return {
+            "SCALES": self.scales,
+            "THRESHOLDS": _thresholds(self.scales, self.canonical_scale, self.canonical_level),
+            "ALIGNED": self.aligned,
+            **self.sampling,
+        }
+
+    @property
+    def sampling(self) -> dict:
+        """Compile-time constants of all kernels."""
+        return {"LEVELS": len(self.scales), "SAMPLING_RATIO": max(self.sampling_ratio, 0)}
+
+
+@functools.cache
+def _thresholds(*arguments) -> tuple[float, ...]:
+    return tuple(level_thresholds(*arguments))
+
+
+def is_channels_last(tensors: Sequence[Tensor]) -> bool:
+    """One layout serves all levels; a single channel is both, and counts as contiguous."""
+    return tensors[0].shape[1] > 1 and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    """The memory format of a [B, C, H, W] tensor."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_outputs(features: Sequence[Tensor], rois: Sequence[Tensor], pooling: Pooling, channels_last: bool) -> list:
+    """[K, C, ph, pw] for each set of RoIs."""
+    shapes = [(r.shape[0], features[0].shape[1], *size) for r, size in zip(rois, pooling.sizes, strict=True)]
+    return [_empty(shape, features[0], channels_last) for shape in shapes]
+
+
+def empty_gradients(
+    grad_out: Tensor, batch_size: int, extents: Sequence[tuple[int, int]], channels_last: bool
+) -> list[Tensor]:
+    """[B, C, H_l, W_l] for each map of `extents` (H_l, W_l)."""
+    shapes = [(batch_size, grad_out.shape[1], *extent) for extent in extents]
+    return [_empty(shape, grad_out, channels_last) for shape in shapes]
+
+
+def empty_table(rois: Sequence[Tensor]) -> Tensor:
+    """Room for the geometry of all sets of RoIs: [K, 16]; the columns are described in `kernel_geometry`."""
+    dtype = torch.int64 if rois[0].dtype == torch.float64 else torch.int32
+    return torch.empty(sum(r.shape[0] for r in rois), 16, dtype=dtype, device=rois[0].device)
+
+
+def _empty(shape: tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(channels_last))
+
+
+def forward(
+    features: Sequence[Tensor], rois: Sequence[Tensor], pooling: Pooling, out_channels_last: bool
+) -> tuple[list[Tensor], Tensor]:
+    """([K_s, C, ph_s, pw_s] of each set of RoIs [K_s, 5], the table of all RoIs' geometry)."""
+    table, outs = empty_table(rois), empty_outputs(features, rois, pooling, out_channels_last)
+    rois = [r.contiguous() for r in rois]
+    batch_size, heights, widths = _extents(features)
+    rows = list(table.split([len(r) for r in rois]))
+    for r, row, size in zip(rois, rows, pooling.sizes, strict=True):
+        _fill_table(r, row, size, batch_size, heights, widths, pooling)
+    channels_last = is_channels_last(features)
+    features = [f.contiguous(memory_format=layout(channels_last)) for f in features]
+    if not channels_last and _worth_transposing(features, len(table)):
+        features, channels_last = [to_channels_last(f) for f in features], True
+    for row, out in zip(rows, outs, strict=True):
+        _pool(features, row, out, heights, widths, pooling, channels_last, out_channels_last)
+    return outs, table
+
+
+def _extents(maps: Sequence[Tensor]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return maps[0].shape[0], tuple(m.shape[2] for m in maps), tuple(m.shape[3] for m in maps)
+
+
+def _fill_table(
+    rois: Tensor,
+    table: Tensor,
+    size: tuple[int, int],
+    batch_size: int,
+    heights: tuple[int, ...],
+    widths: tuple[int, ...],
+    pooling: Pooling,
+) -> None:
+    from .kernel_geometry import roi_geometry_kernel
+
+    block = tile(128, 1024)
+    launch(
+        roi_geometry_kernel,
+        (-(-len(rois) // block),),
+        rois,
+        table,
+        len(rois),
+        batch_size,
+        heights,
+        widths,
+        POOLED_H=size[0],
+        POOLED_W=size[1],
+        BLOCK=block,
+        **pooling.geometry,
+        device=rois.device,
+    )
+
+
+def _worth_transposing(features: Sequence[Tensor], rois: int) -> bool:
+    """Whether reading NCHW maps cell by cell, a channel at a time, costs more than copying them once."""
+    cells = sum(f.shape[0] * f.shape[2] * f.shape[3] for f in features)
+    return features[0].shape[1] >= 16 and rois * CELLS_PER_ROI >= cells
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """A copy of a contiguous [N, C, H, W] in channels_last, read and written in runs."""
+    from .kernel_forward import transpose_kernel
+
+    out = _empty(tuple(x.shape), x, channels_last=True)
+    rows, columns = x.shape[1], x.shape[2] * x.shape[3]
+    grid = (x.shape[0] * -(-columns // 64), -(-rows // 64))
+    launch(transpose_kernel, grid, x, out, rows, columns, BLOCK_ROWS=64, BLOCK_COLUMNS=64, device=x.device)
+    return out
+
+
+def _bins_tile(channels: int, size: tuple[int, int], most_channels: int) -> dict:
+    """A tile of one RoI's bins for the forward and the atomics: about 16 numbers a thread."""
+    rows, block_w = next_power_of_2(size[0]), next_power_of_2(size[1])
+    block_c = min(next_power_of_2(channels), tile(most_channels, 1024))
+    rows = min(rows, max(1, tile(2048, 1 << 20) // (block_w * block_c)))
+    warps = min(8, max(1, rows * block_w * block_c // 512))
+    return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": warps}
+
+
+def _bins_grid(rois: int, channels: int, size: tuple[int, int], constants: dict) -> tuple[int, int]:
+    """(RoI and tile of its rows, tile of the channels): only the first axis of a grid can be longer than 65,535."""
+    return rois * -(-size[0] // constants["ROWS"]), -(-channels // constants["BLOCK_C"])
+
+
+def _pool(
+    features: Sequence[Tensor],
+    table: Tensor,
+    out: Tensor,
+    heights: tuple[int, ...],
+    widths: tuple[int, ...],
+    pooling: Pooling,
+    channels_last: bool,
+    out_channels_last: bool,
+) -> None:
+    from .kernel_forward import roi_align_forward_kernel
+
+    rois, channels, *size = out.shape
+    constants = _bins_tile(channels, size, 256 if channels_last else 64)
+    launch(
+        roi_align_forward_kernel,
+        _bins_grid(rois, channels, size, constants),
+        tuple(features),
+        table,
+        out,
+        heights,
+        widths,
+        CHANNELS=channels,
+        POOLED_H=size[0],
+        POOLED_W=size[1],
+        MAPS_CHANNELS_LAST=channels_last,
+        OUT_CHANNELS_LAST=out_channels_last,
+        **pooling.sampling,
+        **constants,
+        device=out.device,
+    )
+
+
+def backward(
+    grad_outs: Sequence[Tensor],
+    table: Tensor,
+    batch_size: int,
+    extents: Sequence[tuple[int, int]],
+    channels_last: bool,
+    pooling: Pooling,
+    atomics: bool,
+) -> list[Tensor]:
+    """Gradients of the L maps of `extents` (H_l, W_l) from those of each set's output [K_s, C, ph_s, pw_s]."""
+    grad_outs = [_channels_last(g) for g in grad_outs]
+    method = _add_atomically if atomics else _gather
+    return method(grad_outs, table, empty_gradients(grad_outs[0], batch_size, extents, channels_last), pooling)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    if x.is_contiguous() and x.shape[1] >= 16 and x.shape[2] * x.shape[3] > 1:
+        return to_channels_last(x)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _gather(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], pooling: Pooling) -> list[Tensor]:
+    """Deterministic: RoIs are grouped by map, listed by tile of cells, and every tile sums its list."""
+    from .kernel_backward import group_rois_kernel, list_rois_kernel, roi_align_gather_kernel
+
+    batch_size, heights, widths = _extents(grads)
+    device, levels, channels = table.device, len(grads), grads[0].shape[1]
+    channels_last = is_channels_last(grads)
+    tile_h, tile_w = (8, 8) if channels_last else (4, 16)  # NCHW: long runs along a row
+    tiles = [-(-h // tile_h) * -(-w // tile_w) for h, w in zip(heights, widths, strict=True)]
+    total_tiles = batch_size * sum(tiles)
+    int32 = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    starts, order, lengths = int32(levels * batch_size + 1), int32(len(table)), int32(total_tiles)
+    lists = int32(len(table) * max(tiles))  # room for every RoI in every tile of its map: no list can overflow
+
+    groups = (levels * batch_size,)
+    launch(
+        group_rois_kernel, groups, table, starts, order, len(table), batch_size, BLOCK=tile(1024, 1024), device=device
+    )
+    shared = {"LEVELS": levels, "TILE_H": tile_h, "TILE_W": tile_w}
+    maps = (batch_size, heights, widths, max(tiles))
+    launch(
+        list_rois_kernel, (total_tiles,), table, starts, order, lists, lengths, *maps, BLOCK=256, num_warps=2,
+        device=device, **shared,
+    )  # fmt: skip
+    first_rois = [0]
+    for g in grad_outs[:-1]:
+        first_rois.append(first_rois[-1] + len(g))
+    constants = _gather_tile(channels, grads[0].dtype)
+    launch(
+        roi_align_gather_kernel,
+        (total_tiles * -(-channels // constants["BLOCK_C"]),),
+        tuple(grads),
+        tuple(grad_outs),
+        table,
+        starts,
+        lists,
+        lengths,
+        tuple(first_rois),
+        *maps,
+        CHANNELS=channels,
+        SETS=len(grad_outs),
+        POOLED_H=tuple(g.shape[2] for g in grad_outs),
+        POOLED_W=tuple(g.shape[3] for g in grad_outs),
+        SAMPLING_RATIO=max(pooling.sampling_ratio, 0),
+        CHANNELS_LAST=channels_last,
+        **shared,
+        **constants,
+        device=device,
+    )
+    return grads
+
+
+def _gather_tile(channels: int, dtype: torch.dtype) -> dict:
+    """Tensor cores want at least 16 of everything; wider sums of fp32 spill registers."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    # The interpreter's bf16 arithmetic is wrong: it computes these products in fp32.
+    split = half and not (INTERPRETED and dtype == torch.bfloat16)
+    return {
+        "PRECISION": "split" if split else "tf32x3" if dtype != torch.float64 else "ieee",
+        "BLOCK_BINS": 16,
+        "BLOCK_C": max(16, min(next_power_of_2(channels), tile(128 if half else 64, 1024))),
+        "num_warps": 4,
+    }
+
+
+def _add_atomically(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], pooling: Pooling) -> list[Tensor]:
+    """Every RoI adds to its cells, in any order: the last bits of a sum may change from run to run."""
+    from .kernel_backward import roi_align_atomic_kernel
+
+    _, heights, widths = _extents(grads)
+    dtype = torch.float64 if table.dtype == torch.int64 else torch.float32
+    # Sums are fp32: atomics of a half type would round every addition.
+    sums = [torch.zeros_like(g, dtype=dtype, memory_format=torch.channels_last) for g in grads]
+    for g, rows in zip(grad_outs, table.split([len(g) for g in grad_outs]), strict=True):
+        rois, channels, *size = g.shape
+        constants = _bins_tile(channels, size, 128)
+        launch(
+            roi_align_atomic_kernel,
+            _bins_grid(rois, channels, size, constants),
+            tuple(sums),
+            g,
+            rows,
+            heights,
+            widths,
+            CHANNELS=channels,
+            POOLED_H=size[0],
+            POOLED_W=size[1],
+            **pooling.sampling,
+            **constants,
+            device=g.device,
+        )
+    return [grad.copy_(s) for grad, s in zip(grads, sums, strict=True)]
