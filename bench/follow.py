@@ -18,7 +18,7 @@ from mrcnn.structures import Batch
 
 TOLERANCE = 1e-4
 KERNELS = {
-    "multiscale_roi_align": (
+    "joint_multiscale_roi_align": (
         "roi_geometry_kernel",
         "roi_align_forward_kernel",
         "group_rois_kernel",
@@ -31,7 +31,7 @@ KERNELS = {
     "mask_bce_loss": ("mask_bce_forward_kernel", "mask_bce_backward_kernel"),
 }
 """The kernels that a training step launches. Boxes need no gradient in training, so box_iou's backward is not
-among them; roi_align is multiscale_roi_align with one level and launches the same kernels."""
+among them; the other RoIAlign ops launch the same kernels."""
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Following:
     loss_errors: list[float] = field(default_factory=list)  # relative differences of the losses
     gradient_errors: list[float] = field(default_factory=list)  # a parameter: |difference| / |gradient|
     pyramid_gradients: list[float] = field(default_factory=list)  # norm of the gradient of the pyramid's weights
-    rois: list[int] = field(default_factory=list)  # RoIs pooled, a call
-    levels: list[int] = field(default_factory=list)  # pyramid levels they were on, a call
+    rois: list[int] = field(default_factory=list)  # RoIs pooled, a set
+    levels: list[int] = field(default_factory=list)  # pyramid levels they were on, a set
     anchors: int = 0
 
     @property
@@ -136,30 +136,31 @@ def _number_of_anchors(model: MaskRCNN, batch: Batch) -> int:
 @contextmanager
 def _watch_pooling(seen: Following) -> Iterator[None]:
     """Note how many RoIs are pooled, and from how many levels."""
-    pool = roi_heads.multiscale_roi_align
+    pool = roi_heads.joint_multiscale_roi_align
 
-    def watched(features, rois, size, scales, *args):  # noqa: ANN001
-        real = rois[rois[:, 3] > rois[:, 1]]  # not the empty slots
-        seen.rois.append(len(real))
-        seen.levels.append(len(assign_levels(real, level_thresholds(scales, args[-1], 4)).unique()))
-        return pool(features, rois, size, scales, *args)
+    def watched(features, rois, sizes, scales, *args):  # noqa: ANN001
+        for rows in rois:
+            real = rows[rows[:, 3] > rows[:, 1]]  # not the empty slots
+            seen.rois.append(len(real))
+            seen.levels.append(len(assign_levels(real, level_thresholds(scales, args[-1], 4)).unique()))
+        return pool(features, rois, sizes, scales, *args)
 
-    roi_heads.multiscale_roi_align = watched
+    roi_heads.joint_multiscale_roi_align = watched
     try:
         yield
     finally:
-        roi_heads.multiscale_roi_align = pool
+        roi_heads.joint_multiscale_roi_align = pool
 
 
 def following_table(seen: Following, steps: int) -> Table:
     """Every op's launches and what it worked on."""
     work = {
-        "multiscale_roi_align": f"{min(seen.rois)}-{max(seen.rois)} RoIs, {max(seen.levels)} levels",
+        "joint_multiscale_roi_align": f"{min(seen.rois)}-{max(seen.rois)} RoIs, {max(seen.levels)} levels",
         "label_anchors": f"{seen.anchors} anchors",
     }
     table = Table(
         title=f"{steps} training steps in fp64 with the Triton kernels beside the reference",
-        caption="roi_align is multiscale_roi_align with one level: the same two kernels",
+        caption="roi_align and multiscale_roi_align launch the same kernels",
     )
     for column in ("op", "kernel", "launches", "worked on"):
         table.add_column(

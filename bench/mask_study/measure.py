@@ -140,7 +140,8 @@ def given_masks(model: MaskRCNN, batch: Batch) -> list[dict[float, Tensor]]:
     rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
     with autocast(device):
         features = model.fpn(model.backbone(model.normalize(moved.images, moved.sizes)))
-        logits = model.mask_head(model.mask_pooler(features, rois))
+        (pooled,) = model.pooler(features, [rois], [model.config.mask_pool_size])
+        logits = model.mask_head(pooled)
     masks = mask_probabilities(logits, torch.cat(labels), model.config.mask_loss).split(counts)
     pasted = []
     for i, size in enumerate(batch.sizes.tolist()):

@@ -142,27 +142,13 @@ def _worth_transposing(features: Sequence[Tensor], rois: int) -> bool:
 
 def to_channels_last(x: Tensor) -> Tensor:
     """A copy of a contiguous [N, C, H, W] in channels_last, read and written in runs."""
-    from .kernel_forward import transpose_kernel
+    from .kernel_transpose import transpose_kernel
 
     out = _empty(tuple(x.shape), x, channels_last=True)
     rows, columns = x.shape[1], x.shape[2] * x.shape[3]
     grid = (x.shape[0] * -(-columns // 64), -(-rows // 64))
     launch(transpose_kernel, grid, x, out, rows, columns, BLOCK_ROWS=64, BLOCK_COLUMNS=64, device=x.device)
     return out
-
-
-def _bins_tile(channels: int, size: tuple[int, int], most_channels: int) -> dict:
-    """A tile of one RoI's bins for the forward and the atomics: about 16 numbers a thread."""
-    rows, block_w = next_power_of_2(size[0]), next_power_of_2(size[1])
-    block_c = min(next_power_of_2(channels), tile(most_channels, 1024))
-    rows = min(rows, max(1, tile(2048, 1 << 20) // (block_w * block_c)))
-    warps = min(8, max(1, rows * block_w * block_c // 512))
-    return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": warps}
-
-
-def _bins_grid(rois: int, channels: int, size: tuple[int, int], constants: dict) -> tuple[int, int]:
-    """(RoI and tile of its rows, tile of the channels): only the first axis of a grid can be longer than 65,535."""
-    return rois * -(-size[0] // constants["ROWS"]), -(-channels // constants["BLOCK_C"])
 
 
 def _pool(
@@ -175,12 +161,20 @@ def _pool(
     channels_last: bool,
     out_channels_last: bool,
 ) -> None:
-    from .kernel_forward import roi_align_forward_kernel
+    from .kernel_matrix import roi_align_matrix_kernel
+    from .kernel_samples import roi_align_forward_kernel
 
     rois, channels, *size = out.shape
-    constants = _bins_tile(channels, size, 256 if channels_last else 64)
+    if channels_last and _worth_products(out, pooling):
+        kernel, constants = roi_align_matrix_kernel, _products_tile(channels, size, out.dtype)
+    else:
+        kernel = roi_align_forward_kernel
+        # NCHW is read directly where there is little to do: small tiles spread it over the GPU.
+        constants = _samples_tile(channels, size, *((256, 2048) if channels_last else (32, 256)))
+        constants["MAPS_CHANNELS_LAST"] = channels_last
+        constants["PAIRS"] = channels_last and out.dtype == torch.bfloat16 and channels % 2 == 0
     launch(
-        roi_align_forward_kernel,
+        kernel,
         _bins_grid(rois, channels, size, constants),
         tuple(features),
         table,
@@ -190,12 +184,61 @@ def _pool(
         CHANNELS=channels,
         POOLED_H=size[0],
         POOLED_W=size[1],
-        MAPS_CHANNELS_LAST=channels_last,
         OUT_CHANNELS_LAST=out_channels_last,
         **pooling.sampling,
         **constants,
         device=out.device,
     )
+
+
+def _worth_products(out: Tensor, pooling: Pooling) -> bool:
+    """Whether so many samples share cells that reading each cell once pays for computing a matrix of weights.
+
+    Only half types, whose products tensor cores make as they are. Counted in instructions, 7 x 7 bins of 2 x 2 samples
+    are as cheap sample by sample, 14 x 14 bins cost twice as much.
+    """
+    samples = pooling.sampling_ratio * max(out.shape[2:])
+    return is_half(out.dtype) and out.shape[1] >= 16 and (pooling.sampling_ratio <= 0 or samples > 16)
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether tensor cores multiply it directly."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def _samples_tile(channels: int, size: Sequence[int], most_channels: int, numbers: int) -> dict:
+    """A tile of about `numbers` numbers of one RoI's bins for the forward and the atomics."""
+    rows, block_w = next_power_of_2(size[0]), next_power_of_2(size[1])
+    block_c = min(next_power_of_2(channels), tile(most_channels, 1024))
+    rows = min(rows, max(1, tile(numbers, 1 << 20) // (block_w * block_c)))
+    warps = min(8, max(1, rows * block_w * block_c // 512))
+    return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": warps}
+
+
+def _products_tile(channels: int, size: Sequence[int], dtype: torch.dtype) -> dict:
+    """A tile of 16 to 32 bins: more would leave most of W zero, fewer would leave tensor cores idle."""
+    block_w = next_power_of_2(size[1])
+    return {
+        "PRECISION": _precision(dtype),
+        "ROWS": max(2, 16 // block_w),
+        "BLOCK_W": block_w,
+        "BLOCK_CELLS": 16,
+        "BLOCK_C": max(16, min(next_power_of_2(channels), tile(256, 1024))),
+        "num_warps": 4,
+    }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How `kernel_matrix.dot` multiplies."""
+    if is_half(dtype):
+        # The interpreter's bf16 arithmetic is wrong: it computes these products in fp32.
+        return "ieee" if INTERPRETED and dtype == torch.bfloat16 else "split"
+    return "tf32x3" if dtype == torch.float32 else "ieee"
+
+
+def _bins_grid(rois: int, channels: int, size: Sequence[int], constants: dict) -> tuple[int, int]:
+    """(RoI and tile of its rows, tile of the channels): only the first axis of a grid can be longer than 65,535."""
+    return rois * -(-size[0] // constants["ROWS"]), -(-channels // constants["BLOCK_C"])
 
 
 def backward(
@@ -207,9 +250,12 @@ def backward(
     pooling: Pooling,
     atomics: bool,
 ) -> list[Tensor]:
-    """Gradients of the L maps of `extents` (H_l, W_l) from those of each set's output [K_s, C, ph_s, pw_s]."""
+    """Gradients of the L maps of `extents` (H_l, W_l) from those of each set's output [K_s, C, ph_s, pw_s].
+
+    PyTorch's deterministic mode overrules `atomics`.
+    """
     grad_outs = [_channels_last(g) for g in grad_outs]
-    method = _add_atomically if atomics else _gather
+    method = _add_atomically if atomics and not torch.are_deterministic_algorithms_enabled() else _gather
     return method(grad_outs, table, empty_gradients(grad_outs[0], batch_size, extents, channels_last), pooling)
 
 
@@ -221,12 +267,14 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _gather(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], pooling: Pooling) -> list[Tensor]:
     """Deterministic: RoIs are grouped by map, listed by tile of cells, and every tile sums its list."""
-    from .kernel_backward import group_rois_kernel, list_rois_kernel, roi_align_gather_kernel
+    from .kernel_lists import group_rois_kernel, list_rois_kernel
+    from .kernel_matrix import roi_align_gather_kernel
 
     batch_size, heights, widths = _extents(grads)
     device, levels, channels = table.device, len(grads), grads[0].shape[1]
     channels_last = is_channels_last(grads)
-    tile_h, tile_w = (8, 8) if channels_last else (4, 16)  # NCHW: long runs along a row
+    # Runs of at least 32 bytes: along the channels, or along a row of an NCHW map.
+    tile_h, tile_w = (4, 16) if not channels_last and is_half(grads[0].dtype) else (8, 8)
     tiles = [-(-h // tile_h) * -(-w // tile_w) for h, w in zip(heights, widths, strict=True)]
     total_tiles = batch_size * sum(tiles)
     int32 = functools.partial(torch.empty, dtype=torch.int32, device=device)
@@ -272,21 +320,21 @@ def _gather(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], poo
 
 
 def _gather_tile(channels: int, dtype: torch.dtype) -> dict:
-    """Tensor cores want at least 16 of everything; wider sums of fp32 spill registers."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    # The interpreter's bf16 arithmetic is wrong: it computes these products in fp32.
-    split = half and not (INTERPRETED and dtype == torch.bfloat16)
+    """Tensor cores want at least 16 of everything; wider sums of fp32, or loads far ahead of them, spill registers."""
+    half = is_half(dtype)
+    most = tile(128 if half else 64, 1024)
     return {
-        "PRECISION": "split" if split else "tf32x3" if dtype != torch.float64 else "ieee",
+        "PRECISION": _precision(dtype),
         "BLOCK_BINS": 16,
-        "BLOCK_C": max(16, min(next_power_of_2(channels), tile(128 if half else 64, 1024))),
+        "BLOCK_C": max(16, min(next_power_of_2(channels), most)),
         "num_warps": 4,
+        "num_stages": 3 if half else 1,
     }
 
 
 def _add_atomically(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], pooling: Pooling) -> list[Tensor]:
     """Every RoI adds to its cells, in any order: the last bits of a sum may change from run to run."""
-    from .kernel_backward import roi_align_atomic_kernel
+    from .kernel_samples import roi_align_atomic_kernel
 
     _, heights, widths = _extents(grads)
     dtype = torch.float64 if table.dtype == torch.int64 else torch.float32
@@ -294,7 +342,7 @@ def _add_atomically(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tens
     sums = [torch.zeros_like(g, dtype=dtype, memory_format=torch.channels_last) for g in grads]
     for g, rows in zip(grad_outs, table.split([len(g) for g in grad_outs]), strict=True):
         rois, channels, *size = g.shape
-        constants = _bins_tile(channels, size, 128)
+        constants = _samples_tile(channels, size, 128, 2048)
         launch(
             roi_align_atomic_kernel,
             _bins_grid(rois, channels, size, constants),

@@ -178,9 +178,8 @@ def _pool(
     backend = choose_backend(backend, rois[0], on_cpu="torchvision")
     options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     if backend == "triton":
-        atomics = backward == "atomic" and not torch.are_deterministic_algorithms_enabled()
         pooling = Pooling(sizes, tuple(scales), *options[1:])
-        return library.pool(features, rois, pooling, memory_format == torch.channels_last, atomics)
+        return library.pool(features, rois, pooling, memory_format == torch.channels_last, backward == "atomic")
     one_set = _torchvision if backend == "torchvision" else _reference
     outs = [one_set(features, r, size, *options) for r, size in zip(rois, sizes, strict=True)]
     return [out.contiguous(memory_format=memory_format) for out in outs]

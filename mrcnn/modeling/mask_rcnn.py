@@ -34,7 +34,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 class MaskRCNN(nn.Module):
-    """images -> backbone -> fpn -> rpn -> proposals -> sample -> box head and mask head -> losses or detections.
+    """images -> backbone -> fpn -> rpn -> proposals -> sample -> pool -> box head and mask head -> losses or detections.
 
     Every stage is a module, those without weights too, so that PyTorch's forward hooks see what enters and leaves it.
     No weights are downloaded here: see `backbone.load_pretrained`.
@@ -52,10 +52,9 @@ class MaskRCNN(nn.Module):
         self.rpn_loss = RPNLoss(config)
         self.proposals = Proposals(config)
         self.roi_sampler = RoISampler(config)
-        self.box_pooler = RoIPool(config, config.box_pool_size)
+        self.pooler = RoIPool(config)
         self.box_head = BoxHead(config)
         self.box_loss = BoxLoss(config)
-        self.mask_pooler = RoIPool(config, config.mask_pool_size)
         self.mask_head = MaskHead(config)
         self.mask_loss = MaskLoss(config)
         self.box_selection = BoxSelection(config)
@@ -95,18 +94,21 @@ class MaskRCNN(nn.Module):
 
         losses = self.rpn_loss(logits, deltas, anchors, targets, len(anchors) // self.anchors.per_cell)
         rois = self.roi_sampler(proposals, valid, targets)
-        losses |= self.box_loss(*self.box_head(self.box_pooler(features, rois.boxes)), rois, targets)
-        rois = rois.positives(int(self.config.roi_samples * self.config.roi_positive_fraction))
-        mask_logits = self.mask_head(self.mask_pooler(features, rois.boxes))
-        return losses | self.mask_loss(mask_logits, rois, targets, sizes, padded_size)
+        positives = rois.positives(int(self.config.roi_samples * self.config.roi_positive_fraction))
+        sizes_pooled = [self.config.box_pool_size, self.config.mask_pool_size]
+        pooled, pooled_positives = self.pooler(features, [rois.boxes, positives.boxes], sizes_pooled)
+        losses |= self.box_loss(*self.box_head(pooled), rois, targets)
+        return losses | self.mask_loss(self.mask_head(pooled_positives), positives, targets, sizes, padded_size)
 
     def detect(self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, sizes: Tensor) -> list[Detections]:
         """Detections of each image from its proposals [B, N, 4]."""
-        logits, deltas = self.box_head(self.box_pooler(features, proposals))
+        (pooled,) = self.pooler(features, [proposals], [self.config.box_pool_size])
+        logits, deltas = self.box_head(pooled)
         shape = proposals.shape[:2]
         selected = self.box_selection(logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, valid, sizes)
         rois = torch.cat([F.pad(boxes, (1, 0), value=i) for i, (boxes, _, _) in enumerate(selected)])
-        return split_masks(self.mask_head(self.mask_pooler(features, rois)), selected, self.config.mask_loss)
+        (pooled,) = self.pooler(features, [rois], [self.config.mask_pool_size])
+        return split_masks(self.mask_head(pooled), selected, self.config.mask_loss)
 
 
 class Normalize(nn.Module):

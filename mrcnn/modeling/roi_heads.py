@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import box_iou, multiscale_roi_align
+from kernels import box_iou, joint_multiscale_roi_align
 
 from ..config import ModelConfig
 from ..structures import Targets
@@ -68,25 +68,34 @@ class RoISampler(nn.Module):
 class RoIPool(nn.Module):
     """RoIAlign of each box on the level of the pyramid that fits its size, P2..P5."""
 
-    def __init__(self, config: ModelConfig, size: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config, self.size = config, size
+        self.config = config
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-        """P2..P6 and boxes [B, S, 4], or rows [N, 5] of (image, x1, y1, x2, y2) -> [B * S or N, C, size, size]."""
-        if boxes.ndim == 3:
-            image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None, None]
-            boxes = torch.cat([image.expand(-1, boxes.shape[1], 1), boxes], dim=-1).flatten(0, 1)
+    def forward(self, features: Sequence[Tensor], boxes: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """P2..P6 and sets of boxes -> [N, C, size, size] for each set.
+
+        A set is [B, S, 4], of which N = B * S, or rows [N, 5] of (image, x1, y1, x2, y2). Sets that are known together
+        are pooled in one call: their gradient is then written once.
+        """
         config = self.config
-        return multiscale_roi_align(
+        return joint_multiscale_roi_align(
             features[: len(STRIDES)],
-            boxes,
-            self.size,
+            [_rows(b) for b in boxes],
+            sizes,
             [1.0 / s for s in STRIDES],
             config.sampling_ratio,
             config.roi_aligned,
             config.canonical_scale,
         )
+
+
+def _rows(boxes: Tensor) -> Tensor:
+    """[B, S, 4] or [N, 5] -> [N, 5]."""
+    if boxes.ndim == 2:
+        return boxes
+    image = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None, None]
+    return torch.cat([image.expand(-1, boxes.shape[1], 1), boxes], dim=-1).flatten(0, 1)
 
 
 class BoxLoss(nn.Module):

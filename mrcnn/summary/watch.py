@@ -23,10 +23,9 @@ OUTPUTS = {
     "rpn": ("logits", "deltas"),
     "anchors": ("anchors",),
     "proposals": ("boxes", "valid"),
-    "box_pooler": ("pooled",),
+    "pooler": ("pooled", "pooled for masks"),
     "box_head": ("logits", "deltas"),
     "box_selection": ("boxes", "labels", "scores"),
-    "mask_pooler": ("pooled",),
     "mask_head": ("logits",),
 }
 AT_MOST = "at most"  # note of a tensor whose number of rows depends on the image

@@ -217,8 +217,8 @@ def test_given_masks_are_those_of_the_objects_own_box_and_class(arm):
     classes = torch.cat([batch.targets.labels[i, :n] for i, n in enumerate(batch.targets.count.tolist())])
     asked = []
 
-    def pooler(features, rois):
-        asked.append(rois)
+    def pooler(features, rois, sizes):
+        asked.extend(rois)
         return rois
 
     def head(rois):
@@ -230,9 +230,9 @@ def test_given_masks_are_those_of_the_objects_own_box_and_class(arm):
         return logits
 
     model = torch.nn.Linear(1, 1)
-    model.config = SimpleNamespace(mask_loss=arm)
+    model.config = SimpleNamespace(mask_loss=arm, mask_pool_size=14)
     model.normalize, model.backbone, model.fpn = (lambda images, sizes: images), (lambda x: x), (lambda x: x)
-    model.mask_pooler, model.mask_head = pooler, head
+    model.pooler, model.mask_head = pooler, head
     with torch.no_grad():
         pictures = measure.given_masks(model, batch)
     assert asked[0][:, 0].tolist() == [0.0] * 5 + [1.0] and asked[0][5, 1:].tolist() == [40, 40, 60, 60]

@@ -54,7 +54,7 @@ def test_pooling_follows_the_configuration(aligned, ratio):
     config = dataclasses.replace(TINY, roi_aligned=aligned, sampling_ratio=ratio, canonical_scale=96)
     features = [torch.randn(1, 3, 256 // stride, 256 // stride) for stride in (4, 8, 16, 32, 64)]
     boxes = torch.tensor([[[10.0, 20, 120, 118], [5, 5, 28, 30]]])
-    pooled = RoIPool(config, 7)(features, boxes)
+    (pooled,) = RoIPool(config)(features, [boxes], [7])
     for box, feature, scale, found in zip(boxes[0], (features[2], features[0]), (1 / 16, 1 / 4), pooled, strict=True):
         expected = torchvision.ops.roi_align(feature, [box[None]], 7, scale, ratio or -1, aligned)
         torch.testing.assert_close(found, expected[0])
