@@ -55,6 +55,7 @@ def roi_align_matrix_kernel(
     y = (y_start + row.to(y_bin.dtype) * y_bin)[:, None]
     x = (x_start + column.to(x_bin.dtype) * x_bin)[:, None]
 
+    first_ptr = image_ptr + (y_first.to(tl.int64) * width + x_first) * CHANNELS
     total = tl.zeros((ROWS * BLOCK_W, BLOCK_C), y_bin.dtype)
     per_row = 1.0 / x_cells
     for first in range(0, y_cells * x_cells, BLOCK_CELLS):
@@ -63,8 +64,8 @@ def roi_align_matrix_kernel(
         cell_y = y_first + over
         cell_x = x_first + k - over * x_cells
         mask = (k < y_cells * x_cells)[:, None] & (channel < CHANNELS)[None, :]
-        cell = (cell_y.to(tl.int64) * width + cell_x) * CHANNELS
-        values = tl.load(image_ptr + cell[:, None] + channel[None, :], mask, 0.0)
+        cell = over * (width - x_cells) + k  # from the first
+        values = tl.load(first_ptr + (cell * CHANNELS)[:, None] + channel[None, :], mask, 0.0)
         y_weights = axis_weights(y, y_step, y_grid, cell_y[None, :], height, (ROWS, BLOCK_CELLS), SAMPLING_RATIO)
         x_weights = axis_weights(x, x_step, x_grid, cell_x[None, :], width, (BLOCK_W, BLOCK_CELLS), SAMPLING_RATIO)
         weights = (y_weights * weight)[:, None, :] * x_weights[None, :, :]

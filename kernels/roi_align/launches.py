@@ -165,7 +165,7 @@ def _pool(
     from .kernel_samples import roi_align_forward_kernel
 
     rois, channels, *size = out.shape
-    if channels_last and _worth_products(out, pooling):
+    if channels_last and _worth_products(features, out, pooling):
         kernel, constants = roi_align_matrix_kernel, _products_tile(channels, size, out.dtype)
     else:
         kernel = roi_align_forward_kernel
@@ -191,14 +191,15 @@ def _pool(
     )
 
 
-def _worth_products(out: Tensor, pooling: Pooling) -> bool:
+def _worth_products(features: Sequence[Tensor], out: Tensor, pooling: Pooling) -> bool:
     """Whether so many samples share cells that reading each cell once pays for computing a matrix of weights.
 
     Only half types, whose products tensor cores make as they are. Counted in instructions, 7 x 7 bins of 2 x 2 samples
     are as cheap sample by sample, 14 x 14 bins cost twice as much.
     """
-    samples = pooling.sampling_ratio * max(out.shape[2:])
-    return is_half(out.dtype) and out.shape[1] >= 16 and (pooling.sampling_ratio <= 0 or samples > 16)
+    many = pooling.sampling_ratio <= 0 or pooling.sampling_ratio * max(out.shape[2:]) > 16
+    short = all(f[0].numel() < 2**31 for f in features if len(f))  # the products' offsets are 32 bits
+    return many and short and is_half(out.dtype) and out.shape[1] >= 16
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -225,6 +226,7 @@ def _products_tile(channels: int, size: Sequence[int], dtype: torch.dtype) -> di
         "BLOCK_CELLS": 16,
         "BLOCK_C": max(16, min(next_power_of_2(channels), tile(256, 1024))),
         "num_warps": 4,
+        "num_stages": 2,
     }
 
 
@@ -320,15 +322,17 @@ def _gather(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], poo
 
 
 def _gather_tile(channels: int, dtype: torch.dtype) -> dict:
-    """Tensor cores want at least 16 of everything; wider sums of fp32, or loads far ahead of them, spill registers."""
-    half = is_half(dtype)
-    most = tile(128 if half else 64, 1024)
+    """Tensor cores want at least 16 of everything; wider sums of fp32 spill registers.
+
+    Most RoIs reach a tile with at most 16 bins, so that there is no next load to fetch ahead: one stage.
+    """
+    most = tile(128 if is_half(dtype) else 64, 1024)
     return {
         "PRECISION": _precision(dtype),
         "BLOCK_BINS": 16,
         "BLOCK_C": max(16, min(next_power_of_2(channels), most)),
         "num_warps": 4,
-        "num_stages": 3 if half else 1,
+        "num_stages": 1,
     }
 
 
