@@ -8,12 +8,14 @@ through them:
 - `providers`: the Triton op and what it has to beat (torchvision, the PyTorch reference, torch.compile)
 - `gate`: no time without a correct result
 - `timing`: device events and wall clock, in interleaved rounds
-- `measure`: one call with all its providers, from the gate to rows; `floors` counts what it cannot do without
+- `measure`: one call with all its providers, from the gate to rows; `repeats` compares the bits of a backward's runs,
+  `floors` counts what it cannot do without
 - `study` (with `worker`) and `test_ops` (with `conftest` and `recording`): who calls `measure`, and where the rows go
 - `results`: rows to a table, with `verdicts`, the roof (`floors`, `ceilings`) and what is stale (`sources`)
 - `report`, `plots`, `tables`, `status`: the table for people
 
 Apart from these: `resources` reads what the compilers make of the kernels, without a GPU; `ncu` (with
-`profile_call`) what a GPU's counters say; `step_profile` where a whole step's time goes; `follow` and `demo` train with
-the kernels beside the reference; `mask_study` compares three forms of the mask loss.
+`profile_call`) what a GPU's counters say; `overhead` what a small call costs the host; `step_profile` where a whole
+step's time goes; `follow` and `demo` train with the kernels beside the reference; `mask_study` compares three forms of
+the mask loss.
 """

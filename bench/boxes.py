@@ -73,6 +73,13 @@ def uniform(objects: Tensor, count: int, image_size: tuple[int, int], generator:
     return random_objects(count, image_size, generator)
 
 
+def of_one_size(side: float, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """[count, 4] xyxy anywhere, of sqrt-area `side` pixels, aspect ratio in 1/2..2."""
+    aspect = _log_uniform(count, 0.5, 2.0, generator)
+    center = _uniform(count, 2, generator=generator) * _extent(image_size)
+    return _place(center, torch.full_like(aspect, side), aspect, image_size)
+
+
 def one_spot(objects: Tensor, count: int, image_size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """[count, 4] xyxy within two pixels of the first object: every gradient atomic hits the same few cells."""
     return _place_exactly(objects[:1].double() + 2 * _uniform(count, 4, generator=generator), image_size)

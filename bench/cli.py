@@ -44,7 +44,10 @@ class Sanitizer(StrEnum):
 
 Only = Annotated[
     list[str] | None,
-    typer.Option(help="Only calls whose name or suite holds all these words, e.g. 'train bf16'; may be repeated."),
+    typer.Option(
+        help="Only calls whose name or suite holds all these words, e.g. 'train bf16'; may be repeated. "
+        "roi_align stands for all RoI ops."
+    ),
 ]
 
 
@@ -177,6 +180,49 @@ def ncu(
         _fail(str(error))
     except OSError as error:
         _fail(f"{out} cannot be written: {error.strerror}.")
+
+
+@app.command()
+def overhead(
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+    calls: Annotated[int, typer.Option(min=1, help="Calls of each variant.")] = 2000,
+) -> None:
+    """Measure how long the host takes to make a small RoIAlign call: ours, through torch.library, torchvision's.
+
+    Without a GPU launches are recorded, not made: the figures are then of our Python alone.
+    """
+    import torch
+    from rich.console import Console
+
+    from .overhead import measure_overhead, overhead_json, overhead_table
+    from .report import write_whole
+
+    found, on_gpu = measure_overhead(calls), torch.cuda.is_available()
+    Console(highlight=False).print(overhead_table(found, on_gpu))
+    if out is not None:
+        try:
+            write_whole(out, overhead_json(found, on_gpu).encode())
+        except OSError as error:
+            _fail(f"{out} cannot be written: {error.strerror}.")
+
+
+@app.command()
+def predict() -> None:
+    """Predict from counts, without a GPU, what RoIAlign's kernels take in training; nothing is measured.
+
+    They are compiled and their machine code is counted: half a minute.
+    """
+    from rich.console import Console
+
+    from . import predict as model
+
+    try:
+        table = model.prediction_table(model.predict(model.training_workloads()))
+    except model.PredictionError as error:
+        _fail(str(error))
+    console = Console(highlight=False)
+    console.width = max(console.width, 112)  # a pipe's 80 would cut figures off
+    console.print(table)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from mrcnn.visualize import draw_detections, draw_sheet
 
 from .follow import TOLERANCE, follow, following_table
 from .plots import format_seconds
+from .providers import is_ours
 from .report import write_report
 from .results import STUDY_FILE, ResultsError, read_results
 from .study import StudyError, run_study
@@ -151,7 +152,7 @@ def _measure(output: Path, on_gpu: bool, console: Console) -> bool:
     for path in write_report(folder, output / "report")[:2]:
         console.print(f"wrote {path}")
     console.print(speedup_table(table) if on_gpu else NO_GPU)
-    bad = table[(table["status"] == "failed") | ((table["status"] == "red") & (table["provider"] == "triton"))]
+    bad = table[(table["status"] == "failed") | ((table["status"] == "red") & table["provider"].map(is_ours))]
     for row in bad.itertuples():
         console.print(_verdict(False, f"{row.op} {row.direction}, {row.workload}, {row.provider}: {row.reason}"))
     for name, reason in progress.lost.items():

@@ -86,17 +86,26 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def _roi_align(
-    backward: bool, dtype: torch.dtype, features: Tensor | list[Tensor], rois: Tensor, *options: object
+    backward: bool,
+    dtype: torch.dtype,
+    features: Tensor | list[Tensor],
+    rois: Tensor | list[Tensor],
+    output_size: int | list[int],
+    *options: object,
 ) -> Floor:
-    """Forward: touched cells and RoIs in, bins out. Backward: RoIs and bins in, the gradient of all cells out."""
+    """Forward: touched cells and RoIs in, bins out. Backward: RoIs and bins in, the gradient of all cells out.
+
+    Of several sets of RoIs on the same maps: a cell that two of them touch is read once, a gradient cell written once.
+    """
     maps = [features] if isinstance(features, Tensor) else features
+    sets, sizes = ([rois], [output_size]) if isinstance(rois, Tensor) else (rois, output_size)
     channels = maps[0].shape[1]
-    work = roi_work([f.shape for f in maps], rois, dtype, *options)
+    work = roi_work([f.shape for f in maps], sets, dtype, sizes, *options)
     if backward:
         elements = channels * work.filled_bins + sum(f.numel() for f in maps)
     else:
         elements = channels * (work.cells + work.bins)
-    return Floor(_bytes(rois) + elements * dtype.itemsize, channels * work.multiply_adds // LANES)
+    return Floor(_bytes(*sets) + elements * dtype.itemsize, channels * work.multiply_adds // LANES)
 
 
 def _box_iou(backward: bool, dtype: torch.dtype, boxes1: Tensor, boxes2: Tensor) -> Floor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +64,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Part:
-    """The share of a call that is checked: its inputs, and how to find it in a whole output or gradient."""
+    """The share of a call that is checked: its inputs, and how to find it in whole outputs and gradients."""
 
     inputs: Inputs
-    of_output: Callable[[Tensor], Tensor] = lambda output: output
-    of_grad: Callable[[Tensor], Tensor] = lambda grad: grad
+    of_outputs: Callable[[Sequence[Tensor]], list[Tensor]] = list
+    of_grads: Callable[[Sequence[Tensor]], list[Tensor]] = list
+
+
+def listed(output: object) -> list[Tensor]:
+    """The tensors of an op's result, which may be one or several."""
+    return [output] if isinstance(output, Tensor) else list(output)
 
 
 class Truth:
@@ -82,49 +87,57 @@ class Truth:
         self.op = op
         self.part = _part(op, inputs, images)
         self.exact = self.part.inputs if op == "label_anchors" else self.part.inputs.map(_double)
-        self._incoming: Tensor | None = None
+        self._incoming: list[Tensor] | None = None
         self._expected: list[Tensor] = []
 
     def check_forward(self, output: object, dtype: torch.dtype, fused: bool = False) -> Check:
         """Compare an output of a provider that ran in `dtype`; `fused` where a compiler may have fused operations."""
+        found = self.part.of_outputs(listed(output))
         if self.op == "label_anchors":
-            labels, matches = (self.part.of_output(t) for t in output)
-            error = _label_error(labels, matches, *self._forward)
+            error = _label_error(*found, *self._forward)
             return Check(error, FUSED_LABEL_TOLERANCE if fused else LABEL_TOLERANCE)
-        return _check("forward", [self.part.of_output(output)], [self._forward], dtype)
+        return _check("forward", found, self._forward, dtype)
 
-    def check_backward(self, grads: Sequence[Tensor], grad_output: Tensor, dtype: torch.dtype) -> Check:
-        """Compare the gradients of all leaves under the same incoming gradient."""
-        return _check("backward", [self.part.of_grad(g) for g in grads], self._gradients(grad_output), dtype)
+    def check_backward(self, grads: Sequence[Tensor], grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> Check:
+        """Compare the gradients of all leaves under the same incoming gradients, one an output."""
+        return _check("backward", self.part.of_grads(grads), self._gradients(grad_outputs), dtype)
 
     @functools.cached_property
-    def _forward(self) -> object:
+    def _forward(self) -> list[Tensor]:
         with torch.no_grad():
-            outputs = [getattr(kernels, self.op)(*args, backend="torch") for args, _ in self._chunks()]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            sets = [[listed(self._reference(args)) for args in of_set] for of_set in self._chunks()]
+        outputs = [pieces for of_set in sets for pieces in zip(*of_set, strict=True)]
+        return [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in outputs]
 
-    def _gradients(self, grad_output: Tensor) -> list[Tensor]:
-        incoming = self.part.of_output(grad_output).double()
-        if self._incoming is None or not torch.equal(incoming, self._incoming):
+    def _gradients(self, grad_outputs: Sequence[Tensor]) -> list[Tensor]:
+        incoming = [g.double() for g in self.part.of_outputs(grad_outputs)]
+        if self._incoming is None or not all(map(torch.equal, incoming, self._incoming)):
             leaves = [leaf.requires_grad_(True) for leaf in self.exact.leaves]
             self._expected = [torch.zeros_like(leaf) for leaf in leaves]
-            for args, rows in self._chunks():
-                output = getattr(kernels, self.op)(*args, backend="torch")
-                found = torch.autograd.grad(output, leaves, incoming[rows], allow_unused=True)
-                for total, gradient in zip(self._expected, found, strict=True):
-                    total += 0 if gradient is None else gradient
+            for of_set, grad in zip(self._chunks(), incoming, strict=True):
+                parts = [grad] if len(of_set) == 1 else grad.split(ROIS_AT_ONCE)
+                for args, part in zip(of_set, parts, strict=True):
+                    found = torch.autograd.grad(listed(self._reference(args)), leaves, [part], allow_unused=True)
+                    for total, gradient in zip(self._expected, found, strict=True):
+                        total += 0 if gradient is None else gradient
             self._incoming = incoming
         return self._expected
 
-    def _chunks(self) -> Iterator[tuple[tuple, object]]:
-        """(arguments, rows of the output): RoIs a few at a time, for autograd in float64 keeps every sample of each."""
+    def _reference(self, args: tuple) -> object:
+        return getattr(kernels, self.op)(*args, backend="torch")
+
+    def _chunks(self) -> list[list[tuple]]:
+        """Arguments of the calls that together are the whole one, by set of RoIs.
+
+        RoIs come a few at a time, for autograd in float64 keeps every sample of each.
+        """
         if self.op not in ROI_OPS:
-            yield self.exact.args, ...
-            return
-        features, rois, *rest = self.exact.args
-        for start in range(0, max(len(rois), 1), ROIS_AT_ONCE):
-            rows = slice(start, start + ROIS_AT_ONCE)
-            yield (features, rois[rows], *rest), rows
+            return [[self.exact.args]]
+        features, rois, bins, *rest = self.exact.args
+        if isinstance(rois, Tensor):
+            return [[(features, part, bins, *rest) for part in rois.split(ROIS_AT_ONCE)]]
+        sets = zip(rois, bins, strict=True)
+        return [[(features, [part], [n], *rest) for part in of_set.split(ROIS_AT_ONCE)] for of_set, n in sets]
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -168,31 +181,32 @@ def _part(op: str, inputs: Inputs, images: Sequence[int] | None) -> Part:
     if op == "label_anchors":
         anchors, gt_boxes, gt_count = inputs.args
         images = _first_and_last(len(gt_boxes)) if images is None else list(images)
-        take = functools.partial(_take, index=images)
-        return Part(Inputs((anchors, gt_boxes[images], gt_count[images])), take)
+        return Part(Inputs((anchors, gt_boxes[images], gt_count[images])), lambda outputs: [o[images] for o in outputs])
     return Part(inputs)
 
 
 def _roi_part(inputs: Inputs, images: Sequence[int] | None) -> Part:
     features, rois, *rest = inputs.args
-    levels = features if isinstance(features, list) else [features]
+    levels, sets = listed(features), listed(rois)
     images = _first_and_last(len(levels[0])) if images is None else list(images)
-    chosen = torch.tensor(images, device=rois.device)
-    rows = torch.isin(rois[:, 0].long(), chosen).nonzero()[:, 0]
-    renumbered = rois[rows].clone()
-    renumbered[:, 0] = torch.searchsorted(chosen, renumbered[:, 0].long()).to(rois.dtype)
+    chosen = torch.tensor(images, device=sets[0].device)
+    rows = [torch.isin(of_set[:, 0].long(), chosen).nonzero()[:, 0] for of_set in sets]
     parts = [level.detach()[images] for level in levels]
-    args = (parts if isinstance(features, list) else parts[0], renumbered, *rest)
+    renumbered = [_renumbered(of_set[taken], chosen) for of_set, taken in zip(sets, rows, strict=True)]
+    args = [parts if isinstance(features, list) else parts[0], renumbered if isinstance(rois, list) else renumbered[0]]
     return Part(
-        Inputs(args, tuple(parts)),
-        functools.partial(_take, index=rows),
-        functools.partial(_take, index=images),
+        Inputs((*args, *rest), tuple(parts)),
+        lambda outputs: [o[taken] for o, taken in zip(outputs, rows, strict=True)],
+        lambda grads: [g[images] for g in grads],
     )
+
+
+def _renumbered(rois: Tensor, images: Tensor) -> Tensor:
+    """A copy whose images are numbered by their places among `images`."""
+    copy = rois.clone()
+    copy[:, 0] = torch.searchsorted(images, rois[:, 0].long()).to(rois.dtype)
+    return copy
 
 
 def _first_and_last(count: int) -> list[int]:
     return [0, count - 1] if count > 1 else [0]
-
-
-def _take(tensor: Tensor, index: object) -> Tensor:
-    return tensor[index]

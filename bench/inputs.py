@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .boxes import DISTRIBUTIONS, grid_anchors, random_objects, without_shared_edges
+from .boxes import DISTRIBUTIONS, grid_anchors, of_one_size, random_objects, without_shared_edges
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
+MASK_SIZE = 14  # bins of the RoIs of a mask head
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Sizes:
     image_size: tuple[int, int]  # height, width in pixels
     rois: int = 0  # an image
     boxes: str = "clustered"  # how RoIs are spread, a name in DISTRIBUTIONS
+    roi_size: int = 0  # the side of every RoI in pixels, anywhere; 0: sizes and places as `boxes` says
     output_size: int = 7
+    mask_rois: int = 0  # an image, pooled to MASK_SIZE together with the others
     sampling_ratio: int = 2  # 0: adaptive
     channels: int = 256
     stride: int = 16  # of the one map of single-level RoIAlign
@@ -44,6 +47,11 @@ class Inputs:
         """Every tensor argument, those in lists too."""
         flat = [t for a in self.args for t in (a if isinstance(a, (list, tuple)) else [a])]
         return [t for t in flat if isinstance(t, Tensor)]
+
+    def numbers(self) -> list[int | float]:
+        """Every number among the arguments, then the whole ones in lists: how many bins each set of RoIs gets."""
+        listed = [n for a in self.args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
+        return [a for a in self.args if isinstance(a, (int, float))] + listed
 
     def shapes(self) -> str:
         """The shape of every tensor argument, for the record."""
@@ -110,12 +118,24 @@ class Draw:
 
 def _rois(sizes: Sizes, draw: Draw) -> Tensor:
     """[images * rois, 5]: image index, xyxy; grouped by image, as a detector's are."""
-    rows = []
+    return _roi_sets(sizes, (sizes.rois,), draw)[0]
+
+
+def _roi_sets(sizes: Sizes, counts: Sequence[int], draw: Draw) -> list[Tensor]:
+    """RoIs, as `_rois`, for each of `counts` an image, all around the same objects."""
+    rows = [[] for _ in counts]
     for image in range(sizes.images):
         objects = random_objects(sizes.objects, sizes.image_size, draw.boxes)
-        boxes = DISTRIBUTIONS[sizes.boxes](objects, sizes.rois, sizes.image_size, draw.boxes)
-        rows.append(torch.cat([torch.full((len(boxes), 1), float(image)), boxes], dim=1))
-    return torch.cat(rows).to(draw.device)
+        for of_set, count in zip(rows, counts, strict=True):
+            boxes = _boxes(sizes, objects, count, draw.boxes)
+            of_set.append(torch.cat([torch.full((len(boxes), 1), float(image)), boxes], dim=1))
+    return [torch.cat(of_set).to(draw.device) for of_set in rows]
+
+
+def _boxes(sizes: Sizes, objects: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    if sizes.roi_size:
+        return of_one_size(sizes.roi_size, count, sizes.image_size, generator)
+    return DISTRIBUTIONS[sizes.boxes](objects, count, sizes.image_size, generator)
 
 
 def _feature_map(sizes: Sizes, stride: int, draw: Draw, dtype: torch.dtype, layout: str) -> Tensor:
@@ -132,8 +152,18 @@ def _roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inp
 def _multiscale_roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
     rois = _rois(sizes, draw)
     features = [_feature_map(sizes, stride, draw, dtype, layout) for stride in PYRAMID_STRIDES]
-    scales = [1 / stride for stride in PYRAMID_STRIDES]
-    return Inputs((features, rois, sizes.output_size, scales, sizes.sampling_ratio), leaves=tuple(features))
+    return Inputs((features, rois, sizes.output_size, _scales(), sizes.sampling_ratio), leaves=tuple(features))
+
+
+def _joint_multiscale_roi_align(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
+    rois = _roi_sets(sizes, (sizes.rois, sizes.mask_rois), draw)
+    features = [_feature_map(sizes, stride, draw, dtype, layout) for stride in PYRAMID_STRIDES]
+    bins = [sizes.output_size, MASK_SIZE]
+    return Inputs((features, rois, bins, _scales(), sizes.sampling_ratio), leaves=tuple(features))
+
+
+def _scales() -> list[float]:
+    return [1 / stride for stride in PYRAMID_STRIDES]
 
 
 def _box_iou(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
@@ -171,6 +201,7 @@ def _mask_bce_loss(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) ->
 BUILDERS: dict[str, Callable[[Sizes, Draw, torch.dtype, str], Inputs]] = {
     "roi_align": _roi_align,
     "multiscale_roi_align": _multiscale_roi_align,
+    "joint_multiscale_roi_align": _joint_multiscale_roi_align,
     "box_iou": _box_iou,
     "label_anchors": _label_anchors,
     "mask_bce_loss": _mask_bce_loss,

@@ -15,6 +15,7 @@ A row is a plain dict, the same in pytest-benchmark's `extra_info`, in a study's
 | peak_memory_bytes, saved_bytes | a call's peak beyond what was there; what is kept from forward to backward |
 | floor, model | the fewest bytes and instructions that the call can do with, and the hash of how they were counted |
 | waits | whether the host waits for the device inside the call |
+| bitwise, runs | of RoI ops' backward, not in sweeps: whether `runs` more gave the same bits (if not: the last) |
 | inputs, sources, method | hashes and version: a result of other inputs, code or method is stale |
 """
 
@@ -29,13 +30,14 @@ import torch
 from torch import Tensor
 
 from .floors import floor
-from .gate import Check, Truth, WrongResultError, random_images
+from .gate import Check, Truth, WrongResultError, listed, random_images
 from .inputs import Inputs, overwrite
-from .providers import Variant, get_provider, variants, why_not_here
+from .providers import BASELINES, Variant, get_provider, is_ours, variants, why_not_here
+from .repeats import repeats_bit_for_bit
 from .sources import model_hash, source_hash
 from .timing import METHOD, Clock, left_running, make_clock, time_calls
 from .verdicts import noise_floor
-from .workloads import DTYPE_NAMES, Call, Workload
+from .workloads import DTYPE_NAMES, ROI_OPS, Call, Workload
 
 SECONDS = {"cuda": 2.0, "cpu": 0.3}  # of timing, a call and all its providers
 TWIN = "twin"
@@ -67,11 +69,11 @@ class Draws:
             self._truths[dtype] = Truth(self.call.workload.op, inputs, images)
         return self._truths[dtype]
 
-    def grad_output(self, output: Tensor) -> Tensor:
-        """An incoming gradient, the same for every variant, in the layout of its output."""
+    def grad_outputs(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Incoming gradients, the same for every variant, each in the layout of its output."""
         generator = torch.Generator(self.device).manual_seed(self._fresh)
-        values = torch.randn(output.shape, generator=generator, device=self.device)
-        return torch.empty_like(output, requires_grad=False).copy_(values)
+        values = [torch.randn(output.shape, generator=generator, device=self.device) for output in outputs]
+        return [torch.empty_like(o, requires_grad=False).copy_(v) for o, v in zip(outputs, values, strict=True)]
 
     def refresh(self) -> None:
         """Other values in the same tensors. A backward pass keeps its inputs: there the incoming gradient changes."""
@@ -101,7 +103,8 @@ class Contestant:
     def __call__(self) -> object:
         """What is timed: the forward pass, or the backward pass over a forward pass that is kept."""
         if self.backward:
-            return torch.autograd.grad(self.output, self.adapted.leaves, self.grad_output, retain_graph=True)
+            with self.provider.mode():
+                return torch.autograd.grad(self.outputs, self.adapted.leaves, self.grad_outputs, retain_graph=True)
         with torch.no_grad():
             return self.provider(self.adapted)
 
@@ -109,19 +112,21 @@ class Contestant:
         """Run, and compare with the truth; raises `WrongResultError`."""
         truth, dtype = self.draws.truth(self.variant.dtype), self.variant.dtype
         if self.backward:
-            return truth.check_backward(self(), self.grad_output, dtype).require()
+            return truth.check_backward(self(), self.grad_outputs, dtype).require()
         # torch.compile may fuse what the others compute one by one, and an IoU may then cross a threshold.
         return truth.check_forward(self(), dtype, fused=self.variant.provider == "torch.compile").require()
 
     def refresh(self) -> None:
         """Follow `Draws.refresh`: the gradient's new values go into the tensor that the timed call reads."""
         if self.backward:
-            overwrite(self.grad_output, self.draws.grad_output(self.output))
+            for tensor, values in zip(self.grad_outputs, self.draws.grad_outputs(self.outputs), strict=True):
+                overwrite(tensor, values)
 
     def _first(self) -> None:
         if self.backward:
-            self.output, self.saved_bytes = _counting_saved(lambda: self.provider(self.adapted))
-            self.grad_output = self.draws.grad_output(self.output)
+            output, self.saved_bytes = _counting_saved(lambda: self.provider(self.adapted))
+            self.outputs = listed(output)
+            self.grad_outputs = self.draws.grad_outputs(self.outputs)
         self()
 
 
@@ -155,6 +160,7 @@ def measure_call(
     if seconds and (ready := _still_ready(ready, clock)):
         _time(ready, clock, seconds)
         _check_again(ready, draws)
+        _repeat(ready, device)
     return rows
 
 
@@ -223,7 +229,7 @@ def _failure(error: Exception, provider: str) -> dict:
     text = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
     if isinstance(error, WrongResultError):
         return {"status": "red", "reason": str(error)}
-    if provider != "triton" and isinstance(error, (torch.OutOfMemoryError, TorchDynamoException)):
+    if not is_ours(provider) and isinstance(error, (torch.OutOfMemoryError, TorchDynamoException)):
         return {"status": "skipped", "reason": f"cannot run this: {text}"}
     return {"status": "failed", "reason": text}
 
@@ -231,7 +237,7 @@ def _failure(error: Exception, provider: str) -> dict:
 def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) -> None:
     """Fill in times, noise, memory and waits; a row whose work escapes the clock turns red."""
     calls = {str(c.variant): c for _, c in ready}
-    baselines = [str(c.variant) for _, c in ready if c.variant.provider != "triton"]
+    baselines = [str(c.variant) for _, c in ready if c.variant.provider in BASELINES]
     # The twin stands last: had it stood beside its original, it would always find the caches as that left them.
     times = time_calls({**calls, TWIN: ready[0][1]}, clock, seconds, baselines)
     original, twin = times[str(ready[0][1].variant)], times[TWIN]
@@ -278,13 +284,25 @@ def _check_again(ready: list[tuple[dict, Contestant]], draws: Draws) -> None:
             _turn_red(row, f"after timing, with other inputs: {type(error).__name__}: {error}".split("\n")[0][:300])
 
 
+def _repeat(ready: list[tuple[dict, Contestant]], device: str) -> None:
+    """Note which of the RoI ops' own backwards, ours and torchvision's, gives the same bits again and again."""
+    for row, contestant in ready:
+        compared = is_ours(row["provider"]) or row["provider"].startswith("torchvision")
+        backward = row["op"] in ROI_OPS and row["direction"] == "backward"
+        if compared and backward and row["status"] == "ok" and row["suite"] != "sweep":
+            try:
+                row["bitwise"], row["runs"] = repeats_bit_for_bit(contestant, device)
+            except torch.OutOfMemoryError:  # a second set of gradients beside all the others' memory: the times hold
+                continue
+
+
 def _turn_red(row: dict, reason: str) -> None:
     row.update(status="red", reason=reason)
     for key in ("times", TWIN, "first_call"):
         row.pop(key, None)
 
 
-def _counting_saved(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
+def _counting_saved(function: Callable[[], object]) -> tuple[object, int]:
     """Result, and the bytes of all tensors kept for backward (inputs as well: they cannot be freed either)."""
     storages: dict[int, int] = {}
 

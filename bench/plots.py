@@ -23,12 +23,16 @@ from .workloads import WORKLOADS, Workload
 
 MARKS = {  # colour and shape, for those who see few colours
     "triton": ("#e8590c", "o"),
+    "triton atomic": ("#f59f00", "v"),
+    "triton apart": ("#c2255c", "P"),
     "torchvision": ("#3b7dd8", "s"),
+    "torchvision deterministic": ("#7048e8", "X"),
     "torch": ("#868e96", "^"),
     "torch.compile": ("#2b9a66", "D"),
 }
 SIZES = {
     "rois": "RoIs an image",
+    "roi_size": "side of every RoI, pixels",
     "channels": "channels",
     "image_size": "image size, pixels",
     "objects": "objects an image",
@@ -95,11 +99,12 @@ def scaling_curves(op: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _sweep(op: str, name: str) -> Iterator[Workload]:
-    """The workloads that vary `name`, and the train workload that they vary."""
+    """The workloads that vary `name`, and the train workload that they vary where it has such a size."""
     points = [w for w in WORKLOADS if w.op == op and w.sweep == name]
     yield from points
     for train in (w for w in WORKLOADS if w.op == op and w.suite == "train"):
-        if replace(points[0].sizes, **{name: getattr(train.sizes, name)}) == train.sizes:
+        size = getattr(train.sizes, name)
+        if size and replace(points[0].sizes, **{name: size}) == train.sizes:
             yield train
 
 

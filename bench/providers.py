@@ -2,12 +2,27 @@
 
 Each provider gets its inputs in the form it likes best (layout, dtype, lists instead of padded batches) before
 the clock starts, so that a conversion is never charged to it.
+
+| provider | what it is |
+| --- | --- |
+| triton | our op as it is meant to be called |
+| triton atomic | the same with `backward="atomic"`, not deterministic: what determinism costs, or gains |
+| triton apart | a joint op as one call for each set of RoIs, whose gradients autograd adds: what joining gains |
+| torchvision | its op, or what its model does where it has none |
+| torchvision deterministic | its RoIAlign under `torch.use_deterministic_algorithms(True)`: what that costs there |
+| torch | the PyTorch reference |
+| torch.compile | the reference, compiled |
+
+Speed-ups are over the best of `BASELINES`. The others stand beside them: those whose name begins with triton are ours,
+and torchvision's deterministic mode is no rival, however it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +32,11 @@ from torch import Tensor
 import kernels
 
 from .inputs import Inputs
-from .workloads import DTYPE_NAMES, ROI_OPS, Call
+from .workloads import DETERMINISTIC, DTYPE_NAMES, ROI_OPS, Call
 
-PROVIDERS = ("triton", "torchvision", "torch", "torch.compile")
-BASELINES = PROVIDERS[1:]
+BASELINES = ("torchvision", "torch", "torch.compile")
+ATOMIC, APART, DETERMINISTIC_TORCHVISION = "triton atomic", "triton apart", "torchvision deterministic"
+NO_DETERMINISTIC_ON_CPU = "on a CPU torchvision's op is the same in deterministic mode"
 NO_TRITON_ON_CPU = "needs a GPU: interpreter speed says nothing about a GPU"
 NO_SLOW_COMPILES_ON_CPU = "takes half a minute a row to compile for a CPU: measured on a GPU only"
 COMPILED_ELSEWHERE = "takes long to compile: only for train workloads with clustered boxes, and in bf16 where it exists"
@@ -34,10 +50,12 @@ class Provider:
     op: str
     call: Callable[..., object]
     adapt: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    mode: Callable[[], AbstractContextManager] = nullcontext  # to run the op and its backward in
 
     def __call__(self, inputs: Inputs) -> object:
         """Run the op once."""
-        return self.call(*inputs.args)
+        with self.mode():
+            return self.call(*inputs.args)
 
 
 @dataclass(frozen=True)
@@ -53,28 +71,42 @@ class Variant:
 
 
 def variants(call: Call) -> Iterator[Variant]:
-    """The rows of a call: Triton in every mode, each baseline in its best layout and in every dtype worth trying.
+    """The rows of a call: Triton in every layout, each baseline in its best one and in every dtype worth trying.
 
     Triton: the model's channels_last, and NCHW, the drop-in for torchvision's op. torchvision's RoIAlign has NCHW
     kernels (it would first copy anything else) and no bf16: it runs in float32, as under autocast, and for training
     in float16 too, where its coordinates are float16 and miss the gate. The reference indexes cells: channels_last.
     """
-    if call.workload.op not in ROI_OPS:
-        yield from (Variant(provider, call.dtype, "contiguous") for provider in PROVIDERS)
+    workload = call.workload
+    if workload.op not in ROI_OPS:
+        yield from (Variant(provider, call.dtype, "contiguous") for provider in ("triton", *BASELINES))
         return
     yield Variant("triton", call.dtype, "channels_last")
     yield Variant("triton", call.dtype, "nchw")
+    if call.direction == "backward" and workload.suite in ("train", "adversarial"):
+        yield Variant(ATOMIC, call.dtype, "channels_last")
+    if workload.op == "joint_multiscale_roi_align":
+        yield Variant(APART, call.dtype, "channels_last")
     yield Variant("torchvision", torch.float32, "nchw")
-    if call.dtype == torch.bfloat16 and call.workload.suite == "train":  # the check is dear: not for every call
+    if call.dtype == torch.bfloat16 and workload.suite == "train":  # the check is dear: not for every call
         yield Variant("torchvision", torch.float16, "nchw")
+    if workload.name == DETERMINISTIC:
+        yield Variant(DETERMINISTIC_TORCHVISION, torch.float32, "nchw")
     yield Variant("torch", call.dtype, "channels_last")
     yield Variant("torch.compile", call.dtype, "channels_last")
 
 
+def is_ours(provider: str) -> bool:
+    """Whether it runs our Triton kernels."""
+    return provider.split()[0] == "triton"
+
+
 def why_not_here(provider: str, call: Call, device: str) -> str | None:
     """The reason why a row gets no time on this kind of device; None where it does."""
-    if device == "cpu" and provider == "triton":
+    if device == "cpu" and is_ours(provider):
         return NO_TRITON_ON_CPU
+    if device == "cpu" and provider == DETERMINISTIC_TORCHVISION:
+        return NO_DETERMINISTIC_ON_CPU
     if provider == "torch.compile" and device == "cpu" and call.workload.op in (*ROI_OPS, "label_anchors"):
         return NO_SLOW_COMPILES_ON_CPU
     if provider == "torch.compile" and device != "cpu" and not _worth_compiling(call):
@@ -91,27 +123,56 @@ def get_provider(name: str, op: str) -> Provider:
     """Look up a provider; a `torch.compile` one is compiled at its first call."""
     if name == "torchvision":
         return _torchvision(op)
-    backend = "torch" if name == "torch.compile" else name
-    call = functools.partial(getattr(kernels, op), backend=backend)
+    if name == DETERMINISTIC_TORCHVISION:
+        _prepare_compiler()  # torchvision compiles its deterministic form
+        return Provider(name, op, _tv_roi_align, mode=deterministic)
+    if name == APART:
+        return Provider(name, op, _apart)
+    if name == ATOMIC:
+        return Provider(name, op, functools.partial(getattr(kernels, op), backend="triton", backward="atomic"))
     if name == "torch.compile":
-        call = _compiled(call)
-    return Provider(name, op, call)
+        _prepare_compiler()
+        return Provider(
+            name, op, torch.compile(functools.partial(getattr(kernels, op), backend="torch"), dynamic=False)
+        )
+    return Provider(name, op, functools.partial(getattr(kernels, op), backend=name))
 
 
-def _compiled(call: Callable[..., object]) -> Callable[..., object]:
+def _prepare_compiler() -> None:
     import torch._functorch.config as functorch_config
 
     torch._dynamo.reset()  # earlier workloads of the same op would count towards the recompilation limit
     # The backward pass is timed many times over one forward pass; by default the compiler reuses the saved
     # tensors' memory in the first of them.
     functorch_config.donated_buffer = False
-    return torch.compile(call, dynamic=False)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms only, inside the block; afterwards whatever held before."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _apart(
+    features: list[Tensor], rois: list[Tensor], sizes: list[int], scales: list[float], sampling_ratio: int
+) -> list[Tensor]:
+    call = functools.partial(kernels.multiscale_roi_align, backend="triton")
+    return [call(features, r, size, scales, sampling_ratio) for r, size in zip(rois, sizes, strict=True)]
 
 
 def _torchvision(op: str) -> Provider:
     calls = {
         "roi_align": _tv_roi_align,
         "multiscale_roi_align": _tv_multiscale_roi_align,
+        "joint_multiscale_roi_align": _tv_joint_multiscale_roi_align,
         "box_iou": _tv_box_iou,
         "label_anchors": _tv_label_anchors,
         "mask_bce_loss": _tv_mask_bce_loss,
@@ -137,6 +198,14 @@ def _tv_multiscale_roi_align(
         index = torch.where(levels == level)[0]
         out[index] = _tv_roi_align(feature, rois[index], size, scale, sampling_ratio)
     return out
+
+
+def _tv_joint_multiscale_roi_align(
+    features: list[Tensor], rois: list[Tensor], sizes: list[int], scales: list[float], sampling_ratio: int
+) -> list[Tensor]:
+    """A pooling of its own for each head, as in torchvision's model."""
+    sets = zip(rois, sizes, strict=True)
+    return [_tv_multiscale_roi_align(features, r, size, scales, sampling_ratio) for r, size in sets]
 
 
 def _tv_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import jinja2
 import pandas as pd
 
 from .plots import Plot, make_plots
+from .providers import is_ours
 from .results import NAMES, Results, best_triton_rows, read_results
 from .tables import (
     describe_session,
@@ -40,7 +41,8 @@ NOTES = (
     "Speed-up: the median time of the best baseline over that of Triton's best mode; 2 means twice as fast. The best "
     "baseline is the quickest of torchvision's op, the PyTorch reference and torch.compile of it, in its best layout "
     "and in any dtype whose result passed the check: under bf16 it may be an fp32 or fp16 one. The ratio of op_eager, "
-    "what a caller waits for, stands beside it: dispatch can eat a win.",
+    "what a caller waits for, stands beside it: dispatch can eat a win. Triton atomic, triton apart and torchvision "
+    "deterministic decide nothing: they show what determinism costs, and what joining two calls gains.",
     "Interval: where the ratio lies with 99 % confidence, from a bootstrap over the rounds of the run. Noise floor: "
     "how far apart two measurements of one and the same provider were in that run. It counts as no difference unless "
     "the whole interval lies outside the noise floor.",
@@ -54,7 +56,8 @@ ROW_NOTE = (
     "ratios are those of the main time, the first column. vs best, vs same dtype: time of the best baseline, in any "
     "dtype or in the row's, over the row's time. Error: largest deviation from the PyTorch reference in float64, over "
     "its largest value (for anchor labels: the share that differs of those that are no background). Peak memory: what "
-    "a call allocates beyond what was there; saved: what is kept from forward to backward. Where a row waits for the "
+    "a call allocates beyond what was there; saved: what is kept from forward to backward. Repeats bit for bit: "
+    "whether later runs of a backward, on the same inputs, gave the bits of the first. Where a row waits for the "
     "device, the host stops inside the call."
 )
 PLOT_NOTE = (
@@ -159,6 +162,7 @@ def _context(results: Results, table: pd.DataFrame, plots: list[Plot]) -> dict:
     used = {row["session"] for row in results.rows}  # one that was cut off before its first call says nothing
     groups = {"all calls": valid, "the train suite": [c for c in valid if c.suite == "train"]}
     bad = table[table["status"].isin(["red", "failed"])]
+    ours = bad["provider"].map(is_ours).astype(bool)
     skipped = table[table["status"] == "skipped"]
     return {
         "machines": list(dict.fromkeys(machine_text(s["environment"]) for s in results.sessions.values())),
@@ -170,8 +174,8 @@ def _context(results: Results, table: pd.DataFrame, plots: list[Plot]) -> dict:
         "counts": {name: _counts(group) for name, group in groups.items() if group},
         "no_claims": NO_CLAIM if results.on_gpu else NO_GPU,
         "times": " and ".join(dict.fromkeys(table["time"])),
-        "bad_triton": _reasons(bad[bad["provider"] == "triton"]),
-        "bad_baselines": _reasons(bad[bad["provider"] != "triton"]),
+        "bad_triton": _reasons(bad[ours]),
+        "bad_baselines": _reasons(bad[~ours]),
         "skipped": Counter(f"{r.provider}: {r.reason.removeprefix('Skipped: ')}" for r in skipped.itertuples()),
         "missing": _missing(results) if results.on_gpu else 0,
         "stale": Counter(table["stale"].dropna()),

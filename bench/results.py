@@ -17,6 +17,7 @@ import torch
 
 from .ceilings import Ceilings
 from .floors import Floor, roof
+from .providers import BASELINES
 from .sources import FOLDERS, model_hash, source_hash
 from .timing import METHOD, TIMES
 from .verdicts import compare
@@ -176,12 +177,12 @@ def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[
     rows = [_refuse_above_roof(row, found) for row, found in zip(rows, roofs, strict=True)]
     timed = [row for row in rows if _samples(row, time)]
     noise = next((row["noise"][time] for row in rows if time in row.get("noise", {})), np.nan)
-    baselines = [r for r in timed if r["provider"] != "triton"]
+    baselines = [r for r in timed if r["provider"] in BASELINES]
     best = min(baselines, key=lambda r: np.median(r["times"][time]), default=None)
     for row, found in zip(rows, roofs, strict=True):
         line = {**{n: row[n] for n in NAMES}, "status": row["status"], "reason": row["reason"], "time": time}
         line |= {"stale": why_stale(row), "noise": noise, "session": row["session"]}
-        for name in ("error", "tolerance", "peak_memory_bytes", "saved_bytes", "waits", "shapes"):
+        for name in ("error", "tolerance", "peak_memory_bytes", "saved_bytes", "waits", "shapes", "bitwise", "runs"):
             line[name] = row.get(name)
         line["first_call"] = row.get("first_call", np.nan) if row["status"] == "ok" else np.nan
         for name in TIMES["cuda"]:
@@ -252,6 +253,6 @@ def _roofs(row: dict, ceilings: dict | None) -> dict:
 
 
 def best_triton_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Triton's quickest mode of every call, as the baselines are in theirs too."""
+    """Triton's quickest layout of every call, as the baselines are in theirs too; not the other forms of our ops."""
     triton = table[(table["provider"] == "triton") & table["median"].notna()]
     return triton.loc[triton.groupby(CALL, sort=False)["median"].idxmin()]

@@ -13,6 +13,7 @@ SHARED = ("backend.py", "checks.py", "device.py", "runtime.py")
 FOLDERS = {
     "roi_align": ("roi_align",),
     "multiscale_roi_align": ("roi_align",),
+    "joint_multiscale_roi_align": ("roi_align",),
     "box_iou": ("box_iou",),
     "label_anchors": ("label_anchors", "box_iou"),  # its reference forms the matrix
     "mask_bce_loss": ("mask_bce_loss",),

@@ -65,7 +65,9 @@ def parse_budget(text: str) -> float:
 
 
 def select(device: str, only: Sequence[str]) -> list[Call]:
-    """The calls whose name or suite holds every word of at least one of `only`; all of them where that is empty.
+    """The calls that have every word of at least one of `only`, in order; all of them where that is empty.
+
+    Words are those of the call's name and its suite. `roi_align` stands for all RoI ops.
 
     Raises:
         StudyError: nothing matches one of them.
@@ -73,7 +75,7 @@ def select(device: str, only: Sequence[str]) -> list[Call]:
     everything = list(calls(device))
     chosen = []
     for words in only:
-        found = [c for c in everything if all(w in f"{c} {c.workload.suite}".split() for w in words.split())]
+        found = [c for c in everything if c.words.issuperset(words.split())]
         if not found:
             known = ", ".join(dict.fromkeys(w for c in everything for w in (*c.key, c.workload.suite)))
             raise StudyError(f"no call on a {device} device matches {words!r}; the words are {known}")

@@ -41,6 +41,13 @@ def percent_text(share: float, digits: int = 0) -> str:
     return "–" if pd.isna(share) else f"{100 * share:.{digits}f} %"
 
 
+def repeats_text(row: object) -> str:
+    """Whether the backward gave the same bits in every run, and in how many; a dash where that was not tried."""
+    if pd.isna(row.runs):
+        return "–"
+    return f"yes, {row.runs:.0f} runs" if row.bitwise else f"no, run {row.runs:.0f} differs"
+
+
 def _mib(count: float) -> str:
     return "–" if pd.isna(count) else f"{count / 2**20:,.1f} MiB"
 
@@ -84,6 +91,7 @@ COLUMNS: dict[str, Callable[[object], str]] = {
     "vs same dtype": lambda row: ratio_text(row.ratio_same_dtype),
     "roof (bound)": lambda row: "–" if pd.isna(row.roof) else f"≥ {seconds_text(row.roof)}",
     "% of roof": share_text,
+    "repeats bit for bit": repeats_text,
     "error": lambda row: "–" if pd.isna(row.error) else f"{row.error:.1e}" if row.error else "0",
     "peak memory": lambda row: _mib(row.peak_memory_bytes),
     "saved": lambda row: _mib(row.saved_bytes),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bench.measure import add_floors, measure_call
-from bench.providers import Variant, variants
+from bench.providers import Variant, is_ours, variants
 from bench.recording import ROW, record
 from bench.workloads import Call, calls
 
@@ -49,7 +49,7 @@ def test_op(call: Call, variant: Variant, benchmark, request: pytest.FixtureRequ
     benchmark.group = str(call)
     benchmark.skipped = row["status"] != "ok" or benchmark.disabled
     if row["status"] != "ok":
-        finish = pytest.fail if variant.provider == "triton" and row["status"] != "skipped" else pytest.skip
+        finish = pytest.fail if is_ours(variant.provider) and row["status"] != "skipped" else pytest.skip
         finish(f"{row['status']}: {row['reason']}")
     if not benchmark.disabled:
         record(benchmark, row, request.config.getoption("time"))

@@ -24,8 +24,16 @@ from .inputs import BUILDERS, Draw, Inputs, Sizes
 
 __all__ = ["DIRECTIONS", "OPS", "ROI_OPS", "SUITES", "WORKLOADS", "Call", "Inputs", "Sizes", "Workload", "calls"]
 
-OPS = ("multiscale_roi_align", "roi_align", "label_anchors", "box_iou", "mask_bce_loss")
-ROI_OPS = ("roi_align", "multiscale_roi_align")
+OPS = (
+    "multiscale_roi_align",
+    "joint_multiscale_roi_align",
+    "roi_align",
+    "label_anchors",
+    "box_iou",
+    "mask_bce_loss",
+)
+ROI_OPS = OPS[:3]
+DETERMINISTIC = "deterministic"  # the workload that torchvision's deterministic RoIAlign has memory for
 DIRECTIONS = {op: ("forward",) if op == "label_anchors" else ("forward", "backward") for op in OPS}
 SUITES = ("train", "inference", "small", "adversarial", "sweep", "cpu")  # most valuable first
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -49,7 +57,7 @@ class Workload:
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Boxes are always float32; features and logits come in bf16 too, on a GPU."""
-        if self.suite == "cpu" or self.op in ("box_iou", "label_anchors"):
+        if self.suite == "cpu" or self.op in ("box_iou", "label_anchors") or self.name == DETERMINISTIC:
             return (torch.float32,)
         return (torch.bfloat16, torch.float32) if self.suite in ("train", "small") else (torch.bfloat16,)
 
@@ -78,9 +86,7 @@ class Workload:
     def fingerprint(self) -> str:
         """Hash of the sizes, boxes, counts and labels: results of different inputs are not to be compared."""
         inputs = self.boxes_only(torch.float32)
-        digest = hashlib.sha256(
-            repr((inputs.shapes(), [a for a in inputs.args if isinstance(a, (int, float))])).encode()
-        )
+        digest = hashlib.sha256(repr((inputs.shapes(), inputs.numbers())).encode())
         for tensor in inputs.tensors():
             if not tensor.is_meta:
                 digest.update(tensor.numpy().tobytes())
@@ -99,6 +105,12 @@ class Call:
     def dtype_name(self) -> str:
         """`fp32`, `bf16`."""
         return DTYPE_NAMES[self.dtype]
+
+    @property
+    def words(self) -> set[str]:
+        """What selects it: the words of its name, its suite, and for every RoI op `roi_align`."""
+        family = ["roi_align"] if self.workload.op in ROI_OPS else []
+        return {*self.key, self.workload.suite, *family}
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -124,6 +136,7 @@ def calls(device: str) -> Iterator[Call]:
 _FULL, _SMALL = (800, 1344), (512, 672)
 _BOX = Sizes(16, _FULL, rois=512)
 _MASK = Sizes(16, _FULL, rois=128, output_size=14)
+_JOINT = replace(_BOX, mask_rois=128)  # what a training step pools, box head and mask head together
 _ANCHORS = Sizes(16, _FULL, ragged=True)  # 268,569 anchors
 _LOSS = Sizes(0, _FULL, masks=2048)
 
@@ -145,6 +158,8 @@ def _multiscale_roi_align() -> Iterator[Workload]:
     for height, width in ((400, 672), (600, 1008), (1200, 2016)):
         sizes = replace(_BOX, image_size=(height, width))
         yield workload(f"image-{height}x{width}", "sweep", sizes, "image_size")
+    for side in (32, 64, 128, 256, 512):  # pixels
+        yield workload(f"roi-size-{side}", "sweep", replace(_BOX, boxes="uniform", roi_size=side), "roi_size")
 
 
 def _boxes() -> Iterator[Workload]:
@@ -177,6 +192,8 @@ def _cpu() -> Iterator[Workload]:
     for op in ("multiscale_roi_align", "roi_align"):
         yield Workload(op, "cpu", "cpu", Sizes(2, _SMALL, rois=24, channels=8))
         yield Workload(op, "cpu-uniform", "cpu", Sizes(2, _SMALL, rois=24, channels=8, boxes="uniform"))
+    joint = Sizes(2, _SMALL, rois=24, mask_rois=8, channels=8)
+    yield Workload("joint_multiscale_roi_align", "cpu", "cpu", joint)
     yield Workload("label_anchors", "cpu", "cpu", Sizes(2, (256, 320), objects=8, ragged=True))
     yield Workload("box_iou", "cpu", "cpu", Sizes(2, _SMALL, rois=500, objects=20))
     yield Workload("mask_bce_loss", "cpu", "cpu", Sizes(0, _SMALL, masks=32))
@@ -184,12 +201,16 @@ def _cpu() -> Iterator[Workload]:
 
 WORKLOADS = (
     *_multiscale_roi_align(),
+    Workload("joint_multiscale_roi_align", "train", "train", _JOINT),
+    Workload("joint_multiscale_roi_align", "small", "small", replace(_JOINT, images=1, rois=8, mask_rois=2)),
     *_boxes(),
     *_mask_bce_loss(),
     Workload("roi_align", "train", "train", _BOX),  # the drop-in: one map, at stride 16
     Workload("multiscale_roi_align", "train-box-uniform", "train", replace(_BOX, boxes="uniform")),
     Workload("multiscale_roi_align", "train-mask-uniform", "train", replace(_MASK, boxes="uniform")),
+    Workload("joint_multiscale_roi_align", "train-uniform", "train", replace(_JOINT, boxes="uniform")),
     Workload("roi_align", "small", "small", replace(_BOX, images=1, rois=8)),
     Workload("roi_align", "adaptive", "adversarial", replace(_BOX, sampling_ratio=0)),  # torchvision's default
+    Workload("roi_align", DETERMINISTIC, "adversarial", replace(_BOX, images=1, rois=64)),
     *_cpu(),
 )

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import box_iou, label_anchors, mask_bce_loss, multiscale_roi_align, nms_mask, roi_align
+from kernels import (
+    box_iou,
+    joint_multiscale_roi_align,
+    label_anchors,
+    mask_bce_loss,
+    multiscale_roi_align,
+    nms_mask,
+    roi_align,
+)
 
 IMAGES, CHANNELS, CLASSES, ANCHORS, OBJECTS, ROIS = 2, 256, 81, 268_569, 100, 2000
 PYRAMID = ((200, 336), (100, 168), (50, 84), (25, 42))  # of 800 x 1344 pixels
@@ -31,17 +39,7 @@ class Call:
 
 def op_calls() -> Iterator[Call]:
     """Every call of the table."""
-    for dtype, layout, size, sampling in (
-        (BF16, "channels_last", 7, 2),
-        (BF16, "channels_last", 14, 2),
-        (FP16, "channels_last", 7, 2),
-        (FP32, "channels_last", 7, 2),
-        (FP32, "channels_last", 7, 0),
-        (FP64, "nchw", 7, 2),
-    ):
-        yield _pool("multiscale_roi_align", dtype, layout, size, sampling)
-    for dtype, layout, sampling in ((BF16, "channels_last", 2), (BF16, "nchw", 0), (FP32, "nchw", 0)):
-        yield _pool("roi_align", dtype, layout, 7, sampling)
+    yield from _pool_calls()
     for dtype in (FP32, BF16, FP64):
         yield Call(f"box_iou {NAMES[dtype]}", lambda dtype=dtype: _iou(dtype))
     for name, options in (
@@ -63,20 +61,61 @@ def op_calls() -> Iterator[Call]:
         yield Call(name, lambda d=dtype, lay=layout, t=targets: _mask(d, lay, t))
 
 
-def _pool(op: str, dtype: torch.dtype, layout: str, size: int, sampling: int) -> Call:
-    name = f"{op} {NAMES[dtype]} {layout} {size}x{size} {'adaptive' if sampling == 0 else f'{sampling}x{sampling}'}"
+def _pool_calls() -> Iterator[Call]:
+    """RoIAlign: with few RoIs NCHW maps are read as they are, with many they are transposed first."""
+    for dtype, layout, size, sampling in (
+        (BF16, "channels_last", 7, 2),
+        (BF16, "channels_last", 14, 2),
+        (BF16, "channels_last", 7, 0),
+        (FP16, "channels_last", 7, 2),
+        (FP16, "channels_last", 14, 2),
+        (FP32, "channels_last", 7, 2),
+        (FP32, "channels_last", 14, 2),
+        (FP32, "channels_last", 7, 0),
+        (BF16, "nchw", 7, 2),
+        (FP64, "nchw", 7, 2),
+    ):
+        yield _pool("multiscale_roi_align", dtype, layout, size, sampling)
+    yield _pool("multiscale_roi_align", BF16, "nchw", 7, 2, "many RoIs", rois=1024)
+    yield _pool("multiscale_roi_align", BF16, "channels_last", 7, 2, "64 channels", channels=64)
+    to_nchw = {"memory_format": torch.contiguous_format}
+    yield _pool("multiscale_roi_align", BF16, "channels_last", 7, 2, "to nchw", **to_nchw)
+    for dtype in (BF16, FP32):
+        yield _pool("multiscale_roi_align", dtype, "channels_last", 7, 2, "atomic", backward="atomic")
+    yield _pool("joint_multiscale_roi_align", BF16, "channels_last", (7, 14), 2)
+    for dtype, layout, sampling in ((BF16, "channels_last", 2), (BF16, "nchw", 0), (FP32, "nchw", 0)):
+        yield _pool("roi_align", dtype, layout, 7, sampling)
+
+
+def _pool(
+    op: str,
+    dtype: torch.dtype,
+    layout: str,
+    size: int | tuple[int, ...],
+    sampling: int,
+    note: str = "",
+    channels: int = CHANNELS,
+    rois: int = 16 * IMAGES,
+    **options: object,
+) -> Call:
+    """A call of one of the RoI ops with `options`, which `note` describes; a joint one has several sizes."""
+    sizes = size if isinstance(size, tuple) else (size,)
+    words = [op, NAMES[dtype], layout, *(f"{s}x{s}" for s in sizes)]
+    words += ["adaptive" if sampling == 0 else f"{sampling}x{sampling}", *note.split()]
 
     def run() -> None:
-        rois = torch.empty(16 * IMAGES, 5, dtype=FP64 if dtype == FP64 else FP32)
+        boxes = [torch.empty(rois, 5, dtype=FP64 if dtype == FP64 else FP32) for _ in sizes]
+        extents = PYRAMID[2:3] if op == "roi_align" else PYRAMID
+        leaves = [_leaf((IMAGES, channels, *extent), dtype, layout) for extent in extents]
         if op == "roi_align":
-            leaves = [_leaf((IMAGES, CHANNELS, *PYRAMID[2]), dtype, layout)]
-            out = roi_align(leaves[0], rois, size, SCALES[2], sampling, backend="triton")
+            out = roi_align(leaves[0], boxes[0], size, SCALES[2], sampling, backend="triton", **options)
+        elif op == "multiscale_roi_align":
+            out = multiscale_roi_align(leaves, boxes[0], size, SCALES, sampling, backend="triton", **options)
         else:
-            leaves = [_leaf((IMAGES, CHANNELS, *extent), dtype, layout) for extent in PYRAMID]
-            out = multiscale_roi_align(leaves, rois, size, SCALES, sampling, backend="triton")
+            out = joint_multiscale_roi_align(leaves, boxes, sizes, SCALES, sampling, backend="triton", **options)
         _backward(out, leaves)
 
-    return Call(name, run)
+    return Call(" ".join(words), run)
 
 
 def _iou(dtype: torch.dtype) -> None:
@@ -105,5 +144,6 @@ def _leaf(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw") -> T
     return torch.empty(shape, dtype=dtype, memory_format=memory_format).requires_grad_()
 
 
-def _backward(out: Tensor, leaves: list[Tensor]) -> None:
-    torch.autograd.grad(out, leaves, torch.empty_like(out))
+def _backward(out: Tensor | list[Tensor], leaves: list[Tensor]) -> None:
+    outs = [out] if isinstance(out, Tensor) else out
+    torch.autograd.grad(outs, leaves, [torch.empty_like(o) for o in outs])

@@ -16,6 +16,13 @@ SPILLS_ALLOWED = {"sm_80": 4, "sm_90": 4, "sm_100": 4, "gfx942": 0}
 INEXACT = ("mask_bce_forward_kernel", "mask_bce_backward_kernel")
 """Kernels whose results need not equal the reference's to the last bit: exp and log are not exact to begin with."""
 
+FUSES = ("roi_align_forward_kernel",)
+"""Exact kernels that ask for fused multiply-adds where they sum. Not so the geometry, which decides: it is a kernel of
+its own. The compiler still may not fuse anything on its own account."""
+
+DIVIDES = ("roi_align_matrix_kernel", "roi_align_gather_kernel")
+"""Exact kernels that divide approximately to find a place in a list, with room to spare, and for nothing else."""
+
 _PROMISES: dict[str, Callable[[Row], int]] = {
     "16-byte loads": lambda row: wide(row.assembly.loads),
     "16-byte stores": lambda row: wide(row.assembly.stores),
@@ -51,9 +58,9 @@ def _faults(row: Row) -> Iterator[str]:
     if "CAS" in code.atomics:
         yield "its atomics are a compare-and-swap loop: add in a type that the GPU has an atomic for"
     if kernel not in INEXACT:
-        if code.fma:
+        if code.fma and (row.fusion or kernel not in FUSES):
             yield f"{code.fma} fused multiply-adds where results must be exact: launch with enable_fp_fusion=False"
-        if code.fast_divisions:
+        if code.fast_divisions and kernel not in DIVIDES:
             yield f"{code.fast_divisions} approximate divisions where results must be exact: use `divide`"
 
 

@@ -38,6 +38,7 @@ class Row:
     shared: int  # bytes a block
     occupancy: int  # theoretical, percent
     assembly: Assembly
+    fusion: bool = False  # whether the compiler may fuse multiplications and additions that nobody asked it to fuse
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -23,8 +23,9 @@ compare-and-swap loop, or is inexact where results have to be exact. Register co
 - Occupancy is theoretical: the part of a processor's warps that registers and shared memory leave room for. Nothing
   here is a time.
 - Calls have the sizes of a training step: 256 channels, 800 x 1344 pixels, 81 classes. `7x7 2x2` is 7 x 7 bins of 2 x 2
-  samples; with `adaptive` the kernel counts its samples. `label_anchors` and `nms_mask` are fp32; `80 x 2000` is 80
-  groups of 2000 boxes.
+  samples; with `adaptive` the kernel counts its samples. `many RoIs`: so many that NCHW maps are transposed first;
+  `to nchw`: results in NCHW from channels_last maps; `atomic`: the backward that is not deterministic. `label_anchors`
+  and `nms_mask` are fp32; `80 x 2000` is 80 groups of 2000 boxes.
 - A tile is what one program computes: BINS output bins, C channels, N x M pairs of boxes, A anchors, G objects, BLOCK
   pixels of a mask, or boxes of a group.
 - Registers and stack are a thread's. Spills count `LDL` and `STL` instructions on NVIDIA, spilled VGPRs on AMD; the
@@ -33,7 +34,8 @@ compare-and-swap loop, or is inexact where results have to be exact. Register co
 - Loads, stores and atomics are instructions on global memory: `8×16` is eight that move 16 bytes a thread, `8×F32x4`
   eight that add four floats each. Several widths in one kernel belong to several tensors, or to a vector path and its
   remainder. AMD's scalar loads, one for a whole wave, are left out.
-- FMA counts fused multiply-adds in PTX; of AMD's it cannot be told which belong to a division.
+- FMA counts fused multiply-adds in PTX; of AMD's it cannot be told which belong to a division. RoIAlign's forward asks
+  for those of its sums.
 - A kernel that one call launches in two specialisations appears twice, the second as `name/2`.
 """
 

@@ -6,6 +6,7 @@ A process of its own, because a process either interprets Triton's kernels or co
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from .amd import read_amd
 from .calls import Call, op_calls
 from .nvidia import read_nvidia
 from .occupancy import PROCESSORS, occupancy
-from .row import Row
+from .row import Assembly, Row
 
 
 class AbsentDevice:
@@ -62,8 +63,7 @@ def compile_call(target: str, call: Call) -> Iterator[Row]:
 
 
 def _row(target: str, call: str, launch: Launch, compiled: CompiledKernel, suffix: str) -> Row:
-    asm, metadata = compiled.asm, compiled.metadata
-    assembly = read_nvidia(asm["cubin"], asm["ptx"]) if "cubin" in asm else read_amd(asm["amdgcn"])
+    metadata, assembly = compiled.metadata, _read(compiled)
     return Row(
         target=target,
         call=call,
@@ -73,7 +73,14 @@ def _row(target: str, call: str, launch: Launch, compiled: CompiledKernel, suffi
         shared=metadata.shared,
         occupancy=occupancy(target, assembly.registers, metadata.num_warps, metadata.shared),
         assembly=assembly,
+        fusion=metadata.enable_fp_fusion,
     )
+
+
+@functools.cache  # the JIT hands out the same object to every call that launches the same code
+def _read(compiled: CompiledKernel) -> Assembly:
+    asm = compiled.asm
+    return read_nvidia(asm["cubin"], asm["ptx"]) if "cubin" in asm else read_amd(asm["amdgcn"])
 
 
 def main() -> None:

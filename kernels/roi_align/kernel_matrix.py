@@ -89,7 +89,7 @@ def _cells_under(bounds_ptr, start, bin_size, first_bin, BINS: tl.constexpr):
     """(first, number) of the cells that BINS bins touch along one axis; where the RoI is inverted, all of the RoI's."""
     first = tl.load(bounds_ptr).to(tl.int32)
     last = tl.load(bounds_ptr + 1).to(tl.int32)
-    if bin_size > 0:
+    if (bin_size > 0) & (first <= last):
         # A hundredth of a cell to spare: rounding may not lose one, and one too many has no weight.
         begin = tl.maximum(start + first_bin * bin_size - 0.01, first.to(bin_size.dtype))
         end = tl.minimum(start + (first_bin + BINS) * bin_size + 0.01, last.to(bin_size.dtype))

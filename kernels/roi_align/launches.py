@@ -89,7 +89,7 @@ def forward(
     table, outs = empty_table(rois), empty_outputs(features, rois, pooling, out_channels_last)
     rois = [r.contiguous() for r in rois]
     batch_size, heights, widths = _extents(features)
-    rows = list(table.split([len(r) for r in rois]))
+    rows = [table] if len(rois) == 1 else table.split([len(r) for r in rois])
     for r, row, size in zip(rois, rows, pooling.sizes, strict=True):
         _fill_table(r, row, size, batch_size, heights, widths, pooling)
     channels_last = is_channels_last(features)
@@ -197,9 +197,10 @@ def _worth_products(features: Sequence[Tensor], out: Tensor, pooling: Pooling) -
     Only half types, whose products tensor cores make as they are. Counted in instructions, 7 x 7 bins of 2 x 2 samples
     are as cheap sample by sample, 14 x 14 bins cost twice as much.
     """
+    if not is_half(out.dtype) or out.shape[1] < 16:
+        return False
     many = pooling.sampling_ratio <= 0 or pooling.sampling_ratio * max(out.shape[2:]) > 16
-    short = all(f[0].numel() < 2**31 for f in features if len(f))  # the products' offsets are 32 bits
-    return many and short and is_half(out.dtype) and out.shape[1] >= 16
+    return many and all(f[0].numel() < 2**31 for f in features if len(f))  # the products' offsets are 32 bits
 
 
 def is_half(dtype: torch.dtype) -> bool:

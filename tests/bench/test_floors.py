@@ -37,9 +37,9 @@ def roi_floor(features, boxes, ratio=2, direction="forward", dtype=FP32, output=
     return floor("multiscale_roi_align", direction, inputs, dtype)
 
 
-def read_cells(features, boxes, ratio, aligned, pick=None):
+def read_cells(features, boxes, ratio, aligned, pick=None, output=3):
     """(level, image, y, x) of the cells with a weight in `pick`ed output elements: those whose gradient is not zero."""
-    out = kernels.multiscale_roi_align(features, boxes, 3, SCALES, ratio, aligned, backend="torch")
+    out = kernels.multiscale_roi_align(features, boxes, output, SCALES, ratio, aligned, backend="torch")
     out = out.sum() if pick is None else out[(0, 0, *pick)]
     grads = torch.autograd.grad(out, features, allow_unused=True)
     return {(i, image, y, x) for i, g in enumerate(grads) for image, c, y, x in g.nonzero().tolist() if c == 0}
@@ -81,6 +81,35 @@ def test_roi_align_backward_writes_every_cell_and_reads_what_flows():
     assert flowing < out.numel()
     expected = boxes.numel() * 4 + 2 * (sum(f.numel() for f in features) + flowing)
     assert roi_floor(features, boxes, direction="backward", dtype=BF16).dram_bytes == expected
+
+
+def joint_floor(features, sets, sizes, direction="forward", dtype=FP32):
+    return floor("joint_multiscale_roi_align", direction, Inputs((features, sets, sizes, SCALES, 2)), dtype)
+
+
+def test_joint_pooling_reads_the_union_of_cells_once():
+    # What joining can save at best: cells that box and mask RoIs share. Outputs and arithmetic are each set's own.
+    features, boxes, masks = maps(), rois(), rois(20)[12:] + torch.tensor([0.0, 3, 3, 3, 3])
+    apart = [read_cells(features, boxes, 2, False), read_cells(features, masks, 2, False, output=5)]
+    union = len(apart[0] | apart[1])
+    assert max(map(len, apart)) < union < sum(map(len, apart))
+    found = joint_floor(features, [boxes, masks], [3, 5])
+    assert found.dram_bytes == 4 * (5 * 20 + CHANNELS * (union + 12 * 9 + 8 * 25))
+    singles = [roi_floor(features, boxes), roi_floor(features, masks, output=5)]
+    assert found.instructions == sum(single.instructions for single in singles)
+
+
+def test_joint_backward_writes_every_cell_once():
+    # Apart, each set's call writes maps full of gradient, and autograd reads both to add them.
+    features, boxes, masks = maps(), rois(), rois(20)[12:]
+    singles = [
+        roi_floor(features, boxes, direction="backward"),
+        roi_floor(features, masks, output=5, direction="backward"),
+    ]
+    found = joint_floor(features, [boxes, masks], [3, 5], "backward")
+    written = 4 * sum(f.numel() for f in features)
+    assert found.dram_bytes == sum(single.dram_bytes for single in singles) - written
+    assert joint_floor(features, [boxes], [3], "backward") == singles[0]
 
 
 def test_equal_rois_cost_their_features_and_sums_once():

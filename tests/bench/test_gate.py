@@ -8,9 +8,9 @@ from tiny_workloads import tiny
 
 import kernels
 from bench.follow import KERNELS, Following
-from bench.gate import ROIS_AT_ONCE, Truth, WrongResultError
+from bench.gate import ROIS_AT_ONCE, Truth, WrongResultError, listed
 from bench.providers import get_provider, variants
-from bench.workloads import DIRECTIONS, OPS, WORKLOADS, Call, Sizes, Workload
+from bench.workloads import DIRECTIONS, OPS, ROI_OPS, WORKLOADS, Call, Sizes, Workload
 
 
 @pytest.mark.parametrize("provider", ["torchvision", "torch"])
@@ -24,17 +24,17 @@ def test_baselines_pass_the_gate(op, provider):
     truth = Truth(op, inputs)
     assert truth.check_forward(output, torch.float32).require().error < 1e-4
     if "backward" in DIRECTIONS[op]:
-        grad_output = torch.randn_like(output)
-        grads = torch.autograd.grad(output, adapted.leaves, grad_output)
-        assert truth.check_backward(grads, grad_output, torch.float32).require().error < 1e-4
+        grad_outputs = [torch.randn_like(o) for o in listed(output)]
+        grads = torch.autograd.grad(listed(output), adapted.leaves, grad_outputs)
+        assert truth.check_backward(grads, grad_outputs, torch.float32).require().error < 1e-4
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_gate_turns_red(op):
     # A gate that never fails would let a fast wrong kernel win.
     inputs = tiny(op).build("cpu", torch.float32)
-    output = get_provider("torch", op)(inputs)
-    wrong = (-1 - output[0], output[1]) if op == "label_anchors" else output * 1.01
+    *rest, last = listed(get_provider("torch", op)(inputs))
+    wrong = [-1 - rest[0], last] if op == "label_anchors" else [*rest, last * 1.01]
     with pytest.raises(WrongResultError, match="exceeds"):
         Truth(op, inputs).check_forward(wrong, torch.float32).require()
 
@@ -47,15 +47,26 @@ def test_the_gate_turns_red_on_nan():
         Truth("box_iou", inputs).check_forward(nan, torch.float32).require()
 
 
-def test_more_rois_than_the_truth_takes_at_once():
-    # It goes through them in pieces; a gradient that several pieces share has to be their sum.
-    sizes = Sizes(1, (128, 160), rois=ROIS_AT_ONCE + 5, channels=1)
-    inputs = Workload("roi_align", "many", "cpu", sizes).build("cpu", torch.float32, grad=True)
-    output = get_provider("torch", "roi_align")(inputs)
-    truth, grad_output = Truth("roi_align", inputs), torch.randn_like(output)
-    assert truth.check_forward(output, torch.float32).require().error < 1e-5
-    grads = torch.autograd.grad(output, inputs.leaves, grad_output)
-    assert truth.check_backward(grads, grad_output, torch.float32).require().error < 1e-5
+@pytest.mark.parametrize("op", ["roi_align", "joint_multiscale_roi_align"])
+def test_more_rois_than_the_truth_takes_at_once(op):
+    # It goes through them in pieces; a gradient that several pieces, or several sets, share has to be their sum.
+    sizes = Sizes(1, (128, 160), rois=ROIS_AT_ONCE + 5, mask_rois=ROIS_AT_ONCE + 1, channels=1)
+    inputs = Workload(op, "many", "cpu", sizes).build("cpu", torch.float32, grad=True)
+    outputs = listed(get_provider("torch", op)(inputs))
+    truth, grad_outputs = Truth(op, inputs), [torch.randn_like(o) for o in outputs]
+    assert truth.check_forward(outputs, torch.float32).require().error < 1e-5
+    grads = torch.autograd.grad(outputs, inputs.leaves, grad_outputs)
+    assert truth.check_backward(grads, grad_outputs, torch.float32).require().error < 1e-5
+
+
+def test_a_gradient_without_one_of_the_sets_is_refused():
+    # A joint backward that forgets the mask RoIs would be the quickest of all.
+    inputs = tiny("joint_multiscale_roi_align").build("cpu", torch.float32, grad=True)
+    outputs = get_provider("torch", "joint_multiscale_roi_align")(inputs)
+    grad_outputs = [torch.randn_like(o) for o in outputs]
+    grads = torch.autograd.grad(outputs[0], inputs.leaves, grad_outputs[0])
+    with pytest.raises(WrongResultError):
+        Truth("joint_multiscale_roi_align", inputs).check_backward(grads, grad_outputs, torch.float32).require()
 
 
 @pytest.mark.parametrize("fault", ["nan", "wrong"])
@@ -67,10 +78,10 @@ def test_a_wrong_gradient_is_refused(fault):
     iou = kernels.box_iou(*exact, backend="torch")
     grads = list(torch.autograd.grad(iou, exact, torch.ones_like(iou)))
     truth = Truth("box_iou", inputs)
-    truth.check_backward(grads, torch.ones_like(iou), torch.float32).require()
+    truth.check_backward(grads, [torch.ones_like(iou)], torch.float32).require()
     grads[1] = grads[1] * (float("nan") if fault == "nan" else 1.1)
     with pytest.raises(WrongResultError):
-        truth.check_backward(grads, torch.ones_like(iou), torch.float32).require()
+        truth.check_backward(grads, [torch.ones_like(iou)], torch.float32).require()
 
 
 def test_the_truth_follows_a_new_incoming_gradient():
@@ -80,13 +91,13 @@ def test_the_truth_follows_a_new_incoming_gradient():
     truth = Truth("mask_bce_loss", inputs)
     for incoming in (torch.tensor(1.0), torch.tensor(-3.0)):
         grads = torch.autograd.grad(loss, inputs.leaves, incoming, retain_graph=True)
-        truth.check_backward(grads, incoming, torch.float32).require()
+        truth.check_backward(grads, [incoming], torch.float32).require()
 
 
-@pytest.mark.parametrize("op", ["roi_align", "multiscale_roi_align"])
+@pytest.mark.parametrize("op", ROI_OPS)
 def test_torchvision_in_float16_runs_and_is_refused(op):
     # It has to run, to be known as wrong rather than broken: its coordinates are float16, half a pixel coarse at 1000.
-    workload = Workload(op, "large", "cpu", Sizes(1, (800, 1344), rois=16, channels=1))
+    workload = Workload(op, "large", "cpu", Sizes(1, (800, 1344), rois=16, mask_rois=16, channels=1))
     inputs = workload.build("cpu", torch.float16)
     output = get_provider("torchvision", op)(inputs)
     with pytest.raises(WrongResultError):
@@ -97,12 +108,12 @@ def test_small_gradients_count():
     # Next to one large gradient the largest deviation hides that all the others are missing.
     inputs = tiny("mask_bce_loss").build("cpu", torch.float32, grad=True)
     truth = Truth("mask_bce_loss", inputs)
-    (grad,) = truth._gradients(torch.tensor(1.0))
+    (grad,) = truth._gradients([torch.tensor(1.0)])
     found = torch.where(grad.abs() > 0.99 * grad.abs().max(), grad, 0.99 * grad).float()
-    checked = truth.check_backward([found], torch.tensor(1.0), torch.bfloat16)
+    checked = truth.check_backward([found], [torch.tensor(1.0)], torch.bfloat16)
     assert checked.error < checked.tolerance  # so far so good
     with pytest.raises(WrongResultError, match="norm"):
-        truth.check_backward([0.97 * grad.float()], torch.tensor(1.0), torch.bfloat16).require()
+        truth.check_backward([0.97 * grad.float()], [torch.tensor(1.0)], torch.bfloat16).require()
 
 
 def test_labels_have_to_be_equal_where_it_matters():
@@ -114,10 +125,10 @@ def test_labels_have_to_be_equal_where_it_matters():
             Truth("label_anchors", inputs).check_forward((labels, matches), torch.float32, fused).require()
 
 
-@pytest.mark.parametrize("op", ["multiscale_roi_align", "label_anchors"])
+@pytest.mark.parametrize("op", ["multiscale_roi_align", "joint_multiscale_roi_align", "label_anchors"])
 def test_every_image_can_be_checked(op):
     # A provider that computes only the images that are always looked at must not pass: others are drawn later.
-    sizes = Sizes(4, (128, 160), rois=6, channels=2, objects=3)
+    sizes = Sizes(4, (128, 160), rois=6, mask_rois=3, channels=2, objects=3)
     inputs = Workload(op, "four", "cpu", sizes).build("cpu", torch.float32)
     output = get_provider("torch", op)(inputs)
     for images in ([1, 2], [3], [0, 2]):
@@ -125,8 +136,8 @@ def test_every_image_can_be_checked(op):
         truth.check_forward(output, torch.float32).require()
         if op == "label_anchors":
             output[0][images[-1]] = -1 - output[0][images[-1]]
-        else:
-            output[inputs.args[1][:, 0] == images[-1]] += 1
+        else:  # of a joint op, the last set alone is wrong
+            listed(output)[-1][listed(inputs.args[1])[-1][:, 0] == images[-1]] += 1
         with pytest.raises(WrongResultError):
             truth.check_forward(output, torch.float32).require()
         output = get_provider("torch", op)(inputs)

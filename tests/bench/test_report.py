@@ -126,6 +126,38 @@ def test_waiting_for_the_device_is_flagged(tmp_path):
     assert html.count("waits for the device</span>") == 2 and text.count("waits for the device") >= 2
 
 
+def test_repeats_are_reported(tmp_path):
+    # One different bit in a hundred runs is what "deterministic" is about: it must be read off the row.
+    rows = [
+        row("triton", 1.0, direction="backward", bitwise=True, runs=100),
+        row("triton atomic", 0.9, direction="backward", layout="channels_last", bitwise=False, runs=7),
+        row("torch", 8.0, direction="backward"),
+    ]
+    html, text, _ = report(tmp_path, rows)
+    for words in (html, text):
+        assert "repeats bit for bit" in words and "yes, 100 runs" in words and "no, run 7 differs" in words
+        assert "8.00x" in words and "faster in 1" in words.replace("*", "").replace("<strong>", "")
+    assert "repeats bit for bit" not in report(tmp_path, mixed())[1]
+
+
+def test_our_other_forms_count_as_ours_when_they_are_wrong(tmp_path):
+    # A red row of the atomics is a bug of this repository, not a weak rival.
+    red = without_time("triton atomic", "red", "off by 0.5", direction="backward")
+    for text in report(tmp_path, [red, row("torch", 8.0)])[:2]:
+        assert "1 Triton row red or failed" in text and "baseline row" not in text
+
+
+def test_the_curve_over_roi_size_has_no_point_of_all_sizes(tmp_path):
+    # The train workload mixes them: it has no place on that axis.
+    sizes = (32, 128, 512)
+    made = [row("triton", s, "bf16", op="multiscale_roi_align", workload=f"roi-size-{s}") for s in sizes]
+    made += [row("triton", 1.0, "bf16", op="multiscale_roi_align", workload="train-box-uniform")]
+    table = read_results(save_study(tmp_path / "study", made)).table()
+    curves = scaling_curves("multiscale_roi_align", table)
+    assert list(curves) == ["roi_size"] and sorted(curves["roi_size"]["size"]) == list(sizes)
+    assert write_report(tmp_path / "study", tmp_path / "out")
+
+
 def test_sweeps_are_curves_and_no_claims(tmp_path):
     # A curve's points are picked to span a range, not for what they say; the train workload is one of them.
     results = read_results(save_study(tmp_path / "study", SWEEP))

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 import kernels
 from bench.resources import Row, measure_resources
+from bench.resources.calls import op_calls
 from bench.resources.command import resources
 from bench.resources.gate import check_resources
 from bench.resources.measure import TARGETS
-from bench.resources.row import Assembly
+from bench.resources.row import Assembly, wide
 from bench.resources.table import read_tables, render, write_table
 from kernels import HAS_TRITON, box_iou, launch_counts
 from kernels.runtime import record_launches
@@ -57,16 +58,46 @@ def test_no_kernel_got_worse(rows):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_compiled(rows, target):
     # The interpreter accepts more than the compiler does. A new kernel has to be reached by a call of calls.py.
-    text = "".join(path.read_text() for path in (REPOSITORY / "kernels").glob("*/kernel.py"))
+    text = "".join(path.read_text() for path in (REPOSITORY / "kernels").glob("*/kernel*.py"))
     assert set(re.findall(r"def (\w+_kernel)\(", text)) == {r.kernel.split("/")[0] for r in rows if r.target == target}
 
 
 @needs_triton
 @pytest.mark.parametrize("target", NVIDIA)
 def test_exact_kernels_divide_as_ieee_does(rows, target):
-    # That no fast division is found would mean nothing if the search found no division at all.
-    exact = [row.assembly for row in rows if row.target == target and not row.call.startswith("mask")]
-    assert all(code.ieee_divisions > 0 and code.fma == code.fast_divisions == 0 for code in exact)
+    # That no fused and no fast operation is found would mean nothing if the search found none at all.
+    found = {row.kernel.split("/")[0]: row.assembly for row in rows if row.target == target}
+    assert all(found[name].ieee_divisions for name in ("roi_geometry_kernel", "box_iou_kernel", "nms_mask_kernel"))
+    assert all(found[name].fma for name in ("roi_align_forward_kernel", "mask_bce_forward_kernel"))
+    assert not any(row.fusion for row in rows)  # the sums ask for each of theirs
+
+
+@needs_triton
+@pytest.mark.parametrize("target", NVIDIA)
+def test_pooling_moves_16_bytes_at_a_time(rows, target):
+    # What the channels_last layout is for, in every call on such maps: each RoI's bins and each tile of gradients.
+    kernels = ("roi_align_forward_kernel", "roi_align_matrix_kernel", "roi_align_gather_kernel")
+    pooled = [r for r in rows if r.target == target and r.kernel.split("/")[0] in kernels and "channels_last" in r.call]
+    assert len(pooled) >= 20
+    assert all(wide(row.assembly.loads) for row in pooled)
+    assert all(wide(row.assembly.stores) for row in pooled if "to nchw" not in row.call)
+
+
+@needs_triton
+@pytest.mark.parametrize(("note", "transposed"), [("", False), (" many RoIs", True)])
+def test_pooling_calls_are_what_they_are_called(note, transposed):
+    # How many RoIs make it worth transposing the maps is the op's business: it must not empty a name of its meaning.
+    (call,) = [c for c in op_calls() if c.name == f"multiscale_roi_align bf16 nchw 7x7 2x2{note}"]
+    with record_launches() as launches:
+        call.run()
+    (forward,) = [launch for launch in launches if launch.kernel.__name__ == "roi_align_forward_kernel"]
+    assert forward.meta["MAPS_CHANNELS_LAST"] == transposed
+
+
+def test_call_names_are_unique():
+    # A row of the table is found by the name of its call.
+    names = [call.name for call in op_calls()]
+    assert len(set(names)) == len(names)
 
 
 @needs_triton
@@ -153,6 +184,14 @@ def test_less_than_the_same_compiler_gave_before_is_seen(worse, what):
         ({"kernel": "mask_bce_forward_kernel", "fma": 9, "fast_divisions": 1}, 0),  # need not be exact
         ({"kernel": "mask_bce_forward_kernel", "atomics": {"CAS": 1}}, 1),
         ({"fma": 9, "fast_divisions": 1}, 2),
+        ({"kernel": "roi_align_forward_kernel", "fma": 9}, 0),  # asked for
+        ({"kernel": "roi_align_forward_kernel", "fma": 9, "fusion": True}, 1),  # perhaps not asked for
+        ({"kernel": "roi_align_forward_kernel", "fast_divisions": 1}, 1),
+        ({"kernel": "roi_align_gather_kernel", "fast_divisions": 1}, 0),  # to find bins, with room to spare
+        ({"kernel": "roi_align_matrix_kernel", "fast_divisions": 1}, 0),
+        ({"kernel": "roi_align_gather_kernel", "fma": 9}, 1),
+        ({"kernel": "roi_geometry_kernel", "fma": 9}, 1),
+        ({"kernel": "list_rois_kernel/2", "fma": 9, "fast_divisions": 1}, 2),
         ({"occupancy": 0}, 1),
     ],
 )

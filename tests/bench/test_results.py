@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from synthetic import CEILINGS, ROOF_BYTES, mixed, row, save_pytest, save_study, session, without_time
 
-from bench.results import ResultsError, read_results
+from bench.results import ResultsError, best_triton_rows, read_results
 
 FLOOR = {"dram_bytes": int(ROOF_BYTES), "instructions": 0}
 
@@ -38,6 +38,17 @@ def test_the_ratio_of_another_time_has_its_own_best_baseline(tmp_path):
     assert pick(results.table(), "triton")["ratio"] == pytest.approx(1.5)
     eager = pick(results.table("op_eager"), "triton")
     assert eager["ratio"] == pytest.approx(0.3) and eager["best_baseline"] == "torch fp32"
+
+
+def test_only_baselines_are_rivals(tmp_path):
+    # Our atomics, our separate calls and torchvision's deterministic mode stand beside the others: however quick, they
+    # are neither what Triton is compared with nor what stands for it.
+    others = [row(name, 0.1) for name in ("triton atomic", "triton apart", "torchvision deterministic")]
+    table = read(tmp_path, [row("triton", 1.0, layout="nchw"), *others, row("torch", 2.0)]).table()
+    ours = pick(table, "triton")
+    assert ours["ratio"] == pytest.approx(2.0) and ours["best_baseline"] == "torch fp32"
+    assert pick(table, "triton atomic")["ratio"] == pytest.approx(20.0)  # shown, as a row
+    assert list(best_triton_rows(table)["provider"]) == ["triton"]
 
 
 @pytest.mark.parametrize(("noise", "verdict"), [(0.005, "faster"), (0.1, "no difference"), (-0.1, "no difference")])

@@ -30,7 +30,7 @@ from bench.study import (
 )
 from bench.timing import METHOD
 from bench.worker import TimeIsUpError, Worker, WorkerError
-from bench.workloads import DTYPE_NAMES, calls
+from bench.workloads import DTYPE_NAMES, ROI_OPS, SUITES, calls
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"gpu": None, "versions": {"torch": "2"}}
@@ -330,9 +330,9 @@ def test_a_bad_budget_is_one_sentence(text):
 
 
 def test_only_selects_by_whole_words_and_keeps_the_order():
-    # "roi_align" must not bring the multiscale op along, and the most valuable call stays first.
+    # "multiscale_roi_align" must not bring the joint op along, and the most valuable call stays first.
     everything = list(calls("cuda"))
-    assert {c.workload.op for c in select("cuda", ["roi_align train"])} == {"roi_align"}
+    assert {c.workload.op for c in select("cuda", ["multiscale_roi_align train"])} == {"multiscale_roi_align"}
     assert select("cuda", []) == everything
     both = select("cuda", ["mask_bce_loss small", "label_anchors"])
     assert both == [c for c in everything if c in both] and len({c.workload.op for c in both}) == 2
@@ -340,6 +340,18 @@ def test_only_selects_by_whole_words_and_keeps_the_order():
         StudyError, match="no call on a cuda device matches 'roialign'; the words are multiscale_roi_align, forward"
     ):
         select("cuda", ["roialign"])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_roi_align_selects_all_roi_ops_and_nothing_else(device):
+    # They share their kernels: whoever changed one wants to know of all, the training step first.
+    chosen = select(device, ["roi_align"])
+    assert chosen == [c for c in calls(device) if c.workload.op in ROI_OPS]
+    assert {c.workload.op for c in chosen} == {"multiscale_roi_align", "joint_multiscale_roi_align", "roi_align"}
+    suites = [SUITES.index(c.workload.suite) for c in chosen]
+    assert suites == sorted(suites)
+    backward = select(device, ["roi_align backward"])
+    assert backward == [c for c in chosen if c.direction == "backward"]
 
 
 def test_comments_do_not_make_a_result_stale():
