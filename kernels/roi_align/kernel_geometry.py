@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 
 from ..device import divide
+from . import reference
 
 TABLE_COLUMNS = tl.constexpr(16)
 """Words of a RoI in the table."""
+MOST_SAMPLES = tl.constexpr(reference.MOST_SAMPLES)
 
 
 @triton.jit
@@ -106,8 +108,8 @@ def _axis(low, high, scale, length, BINS: tl.constexpr, SAMPLING_RATIO: tl.const
     if SAMPLING_RATIO > 0:
         grid = tl.zeros_like(length) + SAMPLING_RATIO
     else:
-        INF: tl.constexpr = float("inf")
-        grid = tl.where(bin_size < INF, tl.ceil(bin_size), 0.0).to(tl.int32)  # a RoI that is not finite has no samples
+        # A RoI that is not finite, or beyond all maps, has no samples: it would keep the GPU for minutes, or for ever.
+        grid = tl.where(bin_size < MOST_SAMPLES, tl.ceil(bin_size), 0.0).to(tl.int32)
     step = divide(bin_size, tl.maximum(grid, 1).to(bin_size.dtype))
 
     # Positions rise with the sample and the bin, or fall where the RoI is inverted: the ends bound them all.

@@ -172,7 +172,7 @@ def _pool(
         # NCHW is read directly where there is little to do: small tiles spread it over the GPU.
         constants = _samples_tile(channels, size, *((256, 2048) if channels_last else (32, 256)))
         constants["MAPS_CHANNELS_LAST"] = channels_last
-        constants["PAIRS"] = channels_last and out.dtype == torch.bfloat16 and channels % 2 == 0
+        constants["PAIRS"] = channels_last and _are_pairs(features)
     launch(
         kernel,
         _bins_grid(rois, channels, size, constants),
@@ -189,6 +189,11 @@ def _pool(
         **constants,
         device=out.device,
     )
+
+
+def _are_pairs(maps: Sequence[Tensor]) -> bool:
+    """Whether bf16 maps can be read as int32: an even number of channels, from a multiple of 4 bytes."""
+    return maps[0].dtype == torch.bfloat16 and all(m.shape[1] % 2 == 0 and m.data_ptr() % 4 == 0 for m in maps)
 
 
 def _worth_products(features: Sequence[Tensor], out: Tensor, pooling: Pooling) -> bool:

@@ -46,8 +46,9 @@ def roi_align(
     Returns:
         [K, C, height, width] in the input's dtype. Coordinates and sums are fp32 (fp64 for fp64); autocast changes
         nothing. No gradient flows to the boxes; there is no second derivative. Under
-        `torch.use_deterministic_algorithms(True)` Triton's backward is "gather", whatever was asked for. There, inf or
-        NaN in the incoming gradient of a RoI may spread to cells within 16 of its own.
+        `torch.use_deterministic_algorithms(True)` Triton's backward is "gather", whatever was asked for. Products cannot
+        skip what has no weight: inf or NaN in a map may reach more bins of the RoIs above it (half types), and in an
+        incoming gradient more cells beside its RoI, than they would in torchvision.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or option.

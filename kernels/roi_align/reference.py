@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MOST_SAMPLES = 2.0**20
+"""Adaptive sampling takes fewer samples a bin and axis; a larger RoI, or one that is not finite, has none."""
+
 
 def level_thresholds(scales: Sequence[float], canonical_scale: int, canonical_level: int) -> list[float]:
     """Box areas from which a RoI belongs to the second, third, ... level of a pyramid (length L - 1).
@@ -57,6 +60,7 @@ def multiscale_roi_align(
     x_samples = _axis_samples(rois[:, 1:2] * scale, rois[:, 3:4] * scale, output_size[1], sampling_ratio, aligned)
     y_grid, x_grid = y_samples[1], x_samples[1]
     total = table.new_zeros(len(rois), *output_size, table.shape[1], dtype=rois.dtype)
+    total = total + table[:0].sum().to(total.dtype)  # zero, and a path for the gradient where there is no sample
     for y, y_inside in _each_sample(*y_samples, sampling_ratio):
         y_low, y_high, y_weight = _corners(y, y_inside, height)
         for x, x_inside in _each_sample(*x_samples, sampling_ratio):
@@ -85,7 +89,7 @@ def _axis_samples(
     if sampling_ratio > 0:
         grid = torch.full_like(bin_size, sampling_ratio)
     else:
-        grid = torch.where(bin_size.isfinite(), bin_size.ceil(), 0)
+        grid = torch.where(bin_size < MOST_SAMPLES, bin_size.ceil(), 0)  # NaN is not less
     starts = (low - offset) + torch.arange(bins, device=low.device, dtype=low.dtype) * bin_size
     return (starts, bin_size), grid
 

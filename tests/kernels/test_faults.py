@@ -16,13 +16,27 @@ TESTS = Path(__file__).parent
 # kernel function, op, what stands there (once, inside that function), what the fault makes of it, tests that must fail
 FAULTS = [
     ("_add_sample", "roi_align", "fma(wy_low * wx_high", "fma(wy_low * wx_low", "forward_is_as_exact"),
-    ("_hat_of_sample", "roi_align", "maximum(1.0 -", "maximum(0.9 -", "torchvisions_pooler"),
-    ("roi_align_atomic_kernel", "roi_align", "(wy_high * wx_low)", "(wy_high * wx_high)", "atomics"),
-    ("list_rois_kernel", "roi_align", "x + TILE_W", "x + TILE_W - 1", "every_tile"),
-    ("group_rois_kernel", "roi_align", "== group)", "<= group)", "torchvisions_pooler"),
-    ("transpose_kernel", "roi_align", "column[:, None].to(tl.int64) * rows", "column[:, None] * columns", "transposed"),
+    ("_widen", "roi_align", "values << 16", "values << 15", "halves and pairs"),
+    ("_axis", "roi_align", "whole = (lowest >= -1.0)", "whole = (lowest >= -2.0)", "every_kind and 1-72"),
+    ("corners", "roi_align", "position >= -1.0", "position >= 0.0", "test_every_kind_of_box"),
     ("roi_geometry_kernel", "roi_align", "(area) + THRESHOLDS[i - 1]", "(area) + THRESHOLDS[i - 1] * 1.0001", "levels"),
-    ("corners", "roi_align", "position >= -1.0", "position >= 0.0", "samples_at_the_border"),
+    ("map_of", "roi_align", "level == i:", "level == i + 1:", "torchvisions_pooler"),
+    ("roi_align_matrix_kernel", "roi_align", "y_weights * weight", "y_weights", "halves and products"),
+    ("_cells_under", "roi_align", "end.to(tl.int32) + 1", "end.to(tl.int32)", "halves and products"),
+    ("dot", "roi_align", "return tl.dot(low, values, total)", "return total", "gradients_in_halves"),
+    ("_hat", "roi_align", "maximum(1.0 -", "maximum(0.9 -", "torchvisions_pooler"),
+    ("_bins_near", "roi_align", "last - first + 1", "last - first", "every_tile"),
+    ("tile_of", "roi_align", "inside % across * TILE_W", "inside // across * TILE_W", "every_tile"),
+    ("list_rois_kernel", "roi_align", "x + TILE_W", "x + TILE_W - 1", "every_tile"),
+    ("group_rois_kernel", "roi_align", "first + lane, here", "number - 1 - first - lane, here", "torchvisions_pooler"),
+    ("roi_align_atomic_kernel", "roi_align", "(wy_high * wx_low)", "(wy_high * wx_high)", "atomics"),
+    (
+        "transpose_kernel",
+        "roi_align",
+        "column[:, None].to(tl.int64) * rows + row[None, :]",
+        "column[:, None].to(tl.int64) + row[None, :] * columns",
+        "transposed",
+    ),
     ("box_iou_kernel", "box_iou", "to(tl.int64))[:, None] * m", "to(tl.int64))[:, None] * n", "bit_equal"),
     ("box_iou_backward_kernel", "box_iou", "-by_union * iou", "by_union * iou", "gradient_at_ties"),
     ("best_iou_of_gt_kernel", "label_anchors", "is_object, iou, -1.0)", "is_object, iou, -1.0) * 0.5", "random_boxes"),
@@ -42,7 +56,7 @@ FAULTS = [
 
 def run_tests(op: str, selected: str, path: Path) -> subprocess.CompletedProcess:
     """Run an op's tests against the `kernels` package in `path`, up to the first failure."""
-    tests = [str(TESTS / f"test_{op}.py"), "-k", selected]
+    tests = [*map(str, sorted(TESTS.glob(f"test_{op}*.py"))), "-k", selected]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(path)}
     return subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, timeout=600)

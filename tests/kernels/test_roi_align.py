@@ -22,6 +22,13 @@ def random_rois(number: int, images: int, side: float, dtype: torch.dtype = torc
     return torch.cat([image, corner, corner + size], dim=1)
 
 
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """Largest relative error of a number rounded to `dtype`. (Triton's interpreter truncates to bf16.)"""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return 2**-7
+    return torch.finfo(dtype).eps / 2
+
+
 def pyramid(channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     return [torch.randn(2, channels, side >> i, side >> i, dtype=dtype, device=device) for i in range(4)]
 
@@ -74,11 +81,11 @@ def test_inverted_box_when_aligned(sampling_ratio, is_zero, backend, device):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize(
-    ("column", "bad"), [(1, float("nan")), (3, float("nan")), (3, float("inf")), (2, -float("inf"))]
+    ("column", "bad"), [(1, float("nan")), (3, float("nan")), (3, float("inf")), (2, -float("inf")), (3, 1e12)]
 )
 @pytest.mark.parametrize("sampling_ratio", [-1, 2])
 def test_box_that_is_not_finite_gives_zeros(column, bad, sampling_ratio, backend, device):
-    # Adaptive sampling of an infinite box would otherwise ask for 2**31 samples and hang the GPU.
+    # Adaptive sampling of an infinite box, or one as good as that, would ask for 2**31 samples and hang the GPU.
     rois = torch.tensor([[0, 1.0, 1.0, 5.0, 5.0], [0, 1.0, 1.0, 5.0, 5.0]], device=device)
     rois[0, column] = bad
     out = roi_align(torch.ones(1, 2, 8, 8, device=device), rois, 2, 1.0, sampling_ratio, backend=backend)
@@ -117,8 +124,7 @@ def test_gradcheck(sampling_ratio, layout, device):
     features = torch.randn(2, 2, 5, 6, dtype=torch.float64, device=device).contiguous(memory_format=layout)
     rois = random_rois(3, 2, 6, torch.float64).to(device)
     function = lambda x: roi_align(x, rois, 2, 0.7, sampling_ratio, backend="triton")
-    # nondet_tol: on a GPU atomics add in any order.
-    assert torch.autograd.gradcheck(function, features.requires_grad_(), fast_mode=True, nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(function, features.requires_grad_(), fast_mode=True)
 
 
 def test_multiscale_gradcheck(device):
@@ -128,7 +134,7 @@ def test_multiscale_gradcheck(device):
     rois = torch.stack([torch.tensor([1.0, 0, 1, 0]), side * 0, side * 0, side, side], dim=1).to(device)
     function = lambda *maps: multiscale_roi_align(maps, rois, 2, SCALES, canonical_scale=112, backend="triton")
     assert reference.assign_levels(rois, reference.level_thresholds(SCALES, 112, 4)).tolist() == [0, 1, 2, 3]
-    assert torch.autograd.gradcheck(function, features, fast_mode=True, nondet_tol=1e-12)
+    assert torch.autograd.gradcheck(function, features, fast_mode=True)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -210,10 +216,12 @@ def test_strided_maps_of_one_cell(device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "torchvision"])
-def test_no_rois(backend, device):
-    # An image without proposals: an empty result, and a backward that gives zeros.
+@pytest.mark.parametrize("sampling_ratio", [-1, 2])
+def test_no_rois(sampling_ratio, backend, device):
+    # An image without proposals: an empty result, and a backward that gives zeros. (No RoIs, no samples: nothing of the
+    # maps is read.)
     features = [f.requires_grad_() for f in pyramid(3, 16, torch.float32, device)]
-    out = multiscale_roi_align(features, torch.zeros(0, 5, device=device), 7, SCALES, backend=backend)
+    out = multiscale_roi_align(features, torch.zeros(0, 5, device=device), 7, SCALES, sampling_ratio, backend=backend)
     assert out.shape == (0, 3, 7, 7)
     for grad in torch.autograd.grad(out.sum(), features, materialize_grads=True):
         assert (grad == 0).all()
