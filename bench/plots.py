@@ -186,7 +186,7 @@ def _legend(figure: Figure, rows: pd.DataFrame, ink: str, line: str) -> None:
     if rows["roof"].notna().any():
         entries.append(Line2D([], [], color=ink, linestyle=":", label="roof: a bound, no time"))
     options = {"labelcolor": ink, "frameon": False, "columnspacing": 1.0, "handletextpad": 0.4, "borderpad": 0}
-    figure.legend(handles=entries, loc="outside upper left", ncols=4 if len(entries) < 5 else 3, **options)
+    figure.legend(handles=entries, loc="outside upper left", ncols=4 if len(entries) < 5 else 2, **options)
 
 
 def _quickest(rows: pd.DataFrame) -> pd.DataFrame:

@@ -160,7 +160,7 @@ def _context(results: Results, table: pd.DataFrame, plots: list[Plot]) -> dict:
     made = claims(table, results.table("op_eager"))
     valid = [claim for claim in made if not claim.stale]
     used = {row["session"] for row in results.rows}  # one that was cut off before its first call says nothing
-    groups = {"all calls": valid, "the train suite": [c for c in valid if c.suite == "train"]}
+    groups = {"all calls outside the sweeps": valid, "the train suite": [c for c in valid if c.suite == "train"]}
     bad = table[table["status"].isin(["red", "failed"])]
     ours = bad["provider"].map(is_ours).astype(bool)
     skipped = table[table["status"] == "skipped"]

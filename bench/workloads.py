@@ -33,7 +33,7 @@ OPS = (
     "mask_bce_loss",
 )
 ROI_OPS = OPS[:3]
-DETERMINISTIC = "deterministic"  # the workload that torchvision's deterministic RoIAlign has memory for
+DETERMINISTIC = "one-image"  # the workload that torchvision's deterministic RoIAlign has memory for
 DIRECTIONS = {op: ("forward",) if op == "label_anchors" else ("forward", "backward") for op in OPS}
 SUITES = ("train", "inference", "small", "adversarial", "sweep", "cpu")  # most valuable first
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -1,6 +1,7 @@
 """Detection ops as Triton kernels, each beside its plain PyTorch reference.
 
-    from kernels import roi_align, multiscale_roi_align, box_iou, label_anchors, nms_mask, mask_bce_loss, use_backend
+    from kernels import joint_multiscale_roi_align, multiscale_roi_align, roi_align, use_backend
+    from kernels import box_iou, label_anchors, mask_bce_loss, nms_mask
 
 The folder has no imports from outside but torch (triton and torchvision where they are installed) and uses
 relative imports only, so a project can copy it under another name. Every op takes
@@ -10,7 +11,7 @@ Under `torch.autocast` every op gives, on every backend, the bits and the dtype 
 
 | op | takes | computes in | returns |
 | --- | --- | --- | --- |
-| `roi_align`, `multiscale_roi_align` | features of any floating dtype | fp32 coordinates and sums | their dtype |
+| the three RoIAligns | features of any floating dtype | fp32 coordinates and sums | their dtype |
 | `box_iou` | boxes of any floating dtype | fp32 | fp32 |
 | `label_anchors`, `nms_mask` | fp32 boxes only: a half type is a TypeError | fp32 | integers; bool |
 | `mask_bce_loss` | logits of any floating dtype | fp32 | fp32 |

@@ -81,12 +81,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         kernel[grid](*args, **meta)
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Whether someone is watching or stands in for the operators: torch.compile, export, fake tensors, a mode.
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether someone is watching or stands in for the operators: torch.compile, export, jit, functorch, fake tensors.
 
     They see an op that is registered with torch.library; to the eager rest, that is only overhead.
     """
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter) or is_in_torch_dispatch_mode()
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) not in (Tensor, Parameter) for t in tensors)
+    )
 
 
 def tile(on_gpu: int, interpreted: int) -> int:

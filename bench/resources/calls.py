@@ -72,6 +72,8 @@ def _pool_calls() -> Iterator[Call]:
         (FP32, "channels_last", 7, 2),
         (FP32, "channels_last", 14, 2),
         (FP32, "channels_last", 7, 0),
+        (FP32, "channels_last", 7, 8),  # as many samples as nobody unrolls
+        (BF16, "channels_last", 56, 2),
         (BF16, "nchw", 7, 2),
         (FP64, "nchw", 7, 2),
     ):

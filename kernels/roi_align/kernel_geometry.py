@@ -4,9 +4,10 @@ The decisions of RoIAlign are made here and nowhere else (level, samples a bin, 
 forward and backward cannot disagree, and with IEEE division and no fused multiply-adds, so that they are the
 reference's. A row of the table is 16 words of 4 bytes (8 for fp64), floats stored as their bits:
 
-    0 y_start  1 y_bin  2 y_step     start, bin and distance of samples in cells, fp32 (fp64)
-    3 x_start  4 x_bin  5 x_step
-    6 weight                         of one sample: 1 / samples a bin
+    0 y_start  1 y_bin               start and bin size in cells, fp32 (fp64)
+    2 x_start  3 x_bin
+    4 weight                         of one sample: 1 / samples a bin
+    5, 6                             free
     7 whole                          1 where every sample lies inside the map: no load needs a mask
     8 level    9 image
     10 y_grid  11 x_grid             samples a bin
@@ -64,27 +65,25 @@ def roi_geometry_kernel(
         width = tl.where(on_level, widths[i], width)
         scale = tl.where(on_level, tl.zeros_like(area) + SCALES[i], scale)
 
-    y_start, y_bin, y_step, y_grid, y_first, y_last, y_whole = _axis(
-        y1, y2, scale, height, POOLED_H, SAMPLING_RATIO, ALIGNED
-    )
-    x_start, x_bin, x_step, x_grid, x_first, x_last, x_whole = _axis(
-        x1, x2, scale, width, POOLED_W, SAMPLING_RATIO, ALIGNED
-    )
+    y_start, y_bin, y_grid, y_first, y_last, y_whole = _axis(y1, y2, scale, height, POOLED_H, SAMPLING_RATIO, ALIGNED)
+    x_start, x_bin, x_grid, x_first, x_last, x_whole = _axis(x1, x2, scale, width, POOLED_W, SAMPLING_RATIO, ALIGNED)
     in_batch = (batch >= 0) & (batch < batch_size)  # NaN is not
-    touches = in_batch & (y_first <= y_last) & (x_first <= x_last)
-    y_start = tl.where(touches, y_start, float("nan"))  # its samples lie nowhere
+    count = y_grid.to(area.dtype) * x_grid.to(area.dtype)  # beyond int32 where it is too many
+    touches = in_batch & (y_first <= y_last) & (x_first <= x_last) & (count <= MOST_SAMPLES)
+    # A RoI that reads nothing: its samples lie nowhere, and nobody walks them.
+    y_start = tl.where(touches, y_start, float("nan"))
     y_last = tl.where(touches, y_last, -1)
+    y_grid = tl.where(touches, y_grid, 0)
+    x_grid = tl.where(touches, x_grid, 0)
     whole = touches & y_whole & x_whole
-    count = tl.maximum(y_grid * x_grid, 1).to(area.dtype)
+    count = tl.maximum(count, 1.0)
 
     row_ptr = table_ptr + roi * TABLE_COLUMNS
     _store_float(row_ptr, y_start, mask)
     _store_float(row_ptr + 1, y_bin, mask)
-    _store_float(row_ptr + 2, y_step, mask)
-    _store_float(row_ptr + 3, x_start, mask)
-    _store_float(row_ptr + 4, x_bin, mask)
-    _store_float(row_ptr + 5, x_step, mask)
-    _store_float(row_ptr + 6, divide(tl.zeros_like(count) + 1.0, count), mask)
+    _store_float(row_ptr + 2, x_start, mask)
+    _store_float(row_ptr + 3, x_bin, mask)
+    _store_float(row_ptr + 4, divide(tl.zeros_like(count) + 1.0, count), mask)
     tl.store(row_ptr + 7, whole.to(tl.int32), mask)
     tl.store(row_ptr + 8, level, mask)
     tl.store(row_ptr + 9, tl.where(in_batch, batch, 0.0).to(tl.int32), mask)
@@ -98,7 +97,7 @@ def roi_geometry_kernel(
 
 @triton.jit
 def _axis(low, high, scale, length, BINS: tl.constexpr, SAMPLING_RATIO: tl.constexpr, ALIGNED: tl.constexpr):
-    """One axis of RoIs: start, bin, step, grid, first and last cell, and whether all samples are inside the map."""
+    """One axis of RoIs: start, bin, grid, first and last cell, and whether all samples are inside the map."""
     OFFSET: tl.constexpr = 0.5 if ALIGNED else 0.0
     start = low * scale - OFFSET
     extent = high * scale - OFFSET - start
@@ -108,13 +107,14 @@ def _axis(low, high, scale, length, BINS: tl.constexpr, SAMPLING_RATIO: tl.const
     if SAMPLING_RATIO > 0:
         grid = tl.zeros_like(length) + SAMPLING_RATIO
     else:
-        # A RoI that is not finite, or beyond all maps, has no samples: it would keep the GPU for minutes, or for ever.
+        # A RoI that is not finite, or far beyond all maps, has no samples: it would keep the GPU for ever.
         grid = tl.where(bin_size < MOST_SAMPLES, tl.ceil(bin_size), 0.0).to(tl.int32)
-    step = divide(bin_size, tl.maximum(grid, 1).to(bin_size.dtype))
 
     # Positions rise with the sample and the bin, or fall where the RoI is inverted: the ends bound them all.
-    at_start = sample_position(start, bin_size, step, tl.zeros_like(start), 0)
-    at_end = sample_position(start, bin_size, step, tl.zeros_like(start) + (BINS - 1), (grid - 1).to(start.dtype))
+    samples = tl.maximum(grid, 1)
+    at_start = start + 0.0 * bin_size + sample_offset(bin_size, 0, samples, SAMPLING_RATIO)
+    last_offset = sample_offset(bin_size, (samples - 1).to(start.dtype), samples, SAMPLING_RATIO)
+    at_end = start + (BINS - 1.0) * bin_size + last_offset
     lowest = tl.minimum(at_start, at_end)
     highest = tl.maximum(at_start, at_end)
     end = (length - 1).to(start.dtype)
@@ -123,13 +123,16 @@ def _axis(low, high, scale, length, BINS: tl.constexpr, SAMPLING_RATIO: tl.const
     first = tl.minimum(tl.maximum(tl.where(touches, lowest, 0.0), 0.0), end).to(tl.int32)
     last = tl.minimum(tl.maximum(tl.where(touches, highest, 0.0), 0.0), end).to(tl.int32) + 1
     last = tl.where(touches, tl.minimum(last, length - 1), -1)
-    return start, bin_size, step, grid, first, last, whole
+    return start, bin_size, grid, first, last, whole
 
 
 @triton.jit
-def sample_position(start, bin_size, step, bins, i):
-    """Where sample `i` of `bins` lies along one axis, in cells."""
-    return start + bins * bin_size + (i + 0.5) * step
+def sample_offset(bin_size, i, grid, SAMPLING_RATIO: tl.constexpr):
+    """How far sample `i` of a bin lies from where the bin begins: (i + 0.5) * bin / grid, rounded as in torchvision."""
+    if SAMPLING_RATIO == 1 or SAMPLING_RATIO == 2 or SAMPLING_RATIO == 4:
+        return (i + 0.5) * bin_size * (1.0 / SAMPLING_RATIO)  # exactly the quotient
+    else:
+        return divide((i + 0.5) * bin_size, grid.to(bin_size.dtype))
 
 
 @triton.jit
@@ -148,16 +151,14 @@ def corners(position, length):
 
 @triton.jit
 def load_axes(row_ptr):
-    """The floats of a RoI's row, fp32 or fp64: y_start, y_bin, y_step, x_start, x_bin, x_step, weight."""
+    """The floats of a RoI's row, fp32 or fp64: y_start, y_bin, x_start, x_bin, weight."""
     DTYPE: tl.constexpr = tl.float64 if row_ptr.dtype.element_ty == tl.int64 else tl.float32
     y_start = tl.load(row_ptr).to(DTYPE, bitcast=True)
     y_bin = tl.load(row_ptr + 1).to(DTYPE, bitcast=True)
-    y_step = tl.load(row_ptr + 2).to(DTYPE, bitcast=True)
-    x_start = tl.load(row_ptr + 3).to(DTYPE, bitcast=True)
-    x_bin = tl.load(row_ptr + 4).to(DTYPE, bitcast=True)
-    x_step = tl.load(row_ptr + 5).to(DTYPE, bitcast=True)
-    weight = tl.load(row_ptr + 6).to(DTYPE, bitcast=True)
-    return y_start, y_bin, y_step, x_start, x_bin, x_step, weight
+    x_start = tl.load(row_ptr + 2).to(DTYPE, bitcast=True)
+    x_bin = tl.load(row_ptr + 3).to(DTYPE, bitcast=True)
+    weight = tl.load(row_ptr + 4).to(DTYPE, bitcast=True)
+    return y_start, y_bin, x_start, x_bin, weight
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def _group_of(table_ptr, roi, number, batch_size):
 
 @triton.jit
 def tile_of(tile, batch_size, heights, widths, LEVELS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """Which cells a tile holds: (level, image, its number in the image's map, tiles of that map, its first y, x).
+    """Which cells a tile holds: (level, image, its number in the image's map, its first y, x).
 
     The coarsest level comes first: its tiles have the longest lists, and a long one started last would be waited for.
     """
@@ -68,7 +68,7 @@ def tile_of(tile, batch_size, heights, widths, LEVELS: tl.constexpr, TILE_H: tl.
             tiles = tl.cdiv(heights[i], TILE_H) * tl.cdiv(widths[i], TILE_W)
             across = tl.cdiv(widths[i], TILE_W)
     inside = (tile - first) % tiles
-    return level, (tile - first) // tiles, inside, tiles, inside // across * TILE_H, inside % across * TILE_W
+    return level, (tile - first) // tiles, inside, inside // across * TILE_H, inside % across * TILE_W
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def list_rois_kernel(
 ):
     """Writes the list of one tile: the RoIs of its group that may touch it."""
     tile = tl.program_id(0)
-    level, image, t, _, y, x = tile_of(tile, batch_size, heights, widths, LEVELS, TILE_H, TILE_W)
+    level, image, t, y, x = tile_of(tile, batch_size, heights, widths, LEVELS, TILE_H, TILE_W)
     start = tl.load(starts_ptr + level * batch_size + image)
     number = tl.load(starts_ptr + level * batch_size + image + 1) - start
     list_ptr = lists_ptr + start.to(tl.int64) * most_tiles + t.to(tl.int64) * number

@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from .kernel_geometry import TABLE_COLUMNS, load_axes, map_of
+from .kernel_geometry import TABLE_COLUMNS, load_axes, map_of, sample_offset
 from .kernel_lists import tile_of
+
+SCALE = tl.constexpr(1024.0)
+"""Weights in the gather, at most 1 and small where a bin has many samples, times this: fp16 ends at 6e-8."""
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def roi_align_matrix_kernel(
     image_ptr, height, width = map_of(row_ptr, maps, heights, widths, CHANNELS, LEVELS)
     y_grid = tl.load(row_ptr + 10).to(tl.int32)
     x_grid = tl.load(row_ptr + 11).to(tl.int32)
-    y_start, y_bin, y_step, x_start, x_bin, x_step, weight = load_axes(row_ptr)
+    y_start, y_bin, x_start, x_bin, weight = load_axes(row_ptr)
     y_first, y_cells = _cells_under(row_ptr + 12, y_start, y_bin, first_row, ROWS)
     x_first = tl.load(row_ptr + 14).to(tl.int32)
     x_cells = tl.load(row_ptr + 15).to(tl.int32) - x_first + 1
@@ -66,9 +69,9 @@ def roi_align_matrix_kernel(
         mask = (k < y_cells * x_cells)[:, None] & (channel < CHANNELS)[None, :]
         cell = over * (width - x_cells) + k  # from the first
         values = tl.load(first_ptr + (cell * CHANNELS)[:, None] + channel[None, :], mask, 0.0)
-        y_weights = axis_weights(y, y_step, y_grid, cell_y[None, :], height, (ROWS, BLOCK_CELLS), SAMPLING_RATIO)
-        x_weights = axis_weights(x, x_step, x_grid, cell_x[None, :], width, (BLOCK_W, BLOCK_CELLS), SAMPLING_RATIO)
-        weights = (y_weights * weight)[:, None, :] * x_weights[None, :, :]
+        y_weights = axis_weights(y, y_bin, y_grid, cell_y[None, :], height, (ROWS, BLOCK_CELLS), SAMPLING_RATIO)
+        x_weights = axis_weights(x, x_bin, x_grid, cell_x[None, :], width, (BLOCK_W, BLOCK_CELLS), SAMPLING_RATIO)
+        weights = y_weights[:, None, :] * x_weights[None, :, :]
         total = dot(tl.reshape(weights, (ROWS * BLOCK_W, BLOCK_CELLS)), values, total, PRECISION)
 
     bins = tl.arange(0, ROWS * BLOCK_W)
@@ -81,7 +84,7 @@ def roi_align_matrix_kernel(
     else:
         offset = channel[None, :] * (POOLED_H * POOLED_W) + bins[:, None]
     out_ptr += roi * (CHANNELS * POOLED_H * POOLED_W)
-    tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask)
+    tl.store(out_ptr + offset, (total * weight).to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -128,7 +131,7 @@ def roi_align_gather_kernel(
     CHANNEL_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     tile = tl.program_id(0) // CHANNEL_BLOCKS
     channel = (tl.program_id(0) % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
-    level, image, t, _, y, x = tile_of(tile, batch_size, heights, widths, LEVELS, TILE_H, TILE_W)
+    level, image, t, y, x = tile_of(tile, batch_size, heights, widths, LEVELS, TILE_H, TILE_W)
     grad_ptr = grads[0]
     height = heights[0]
     width = widths[0]
@@ -150,14 +153,14 @@ def roi_align_gather_kernel(
         row_ptr = table_ptr + roi.to(tl.int64) * TABLE_COLUMNS
         grad_out_ptr = grad_outs[0]
         set_start = first_rois[0]
-        pooled_h = POOLED_H[0] + 0 * t
-        pooled_w = POOLED_W[0] + 0 * t
+        pooled_h = POOLED_H[0]
+        pooled_w = POOLED_W[0]
         for s in tl.static_range(1, SETS):
             if roi >= first_rois[s]:
                 grad_out_ptr = grad_outs[s]
                 set_start = first_rois[s]
-                pooled_h = POOLED_H[s] + 0 * t
-                pooled_w = POOLED_W[s] + 0 * t
+                pooled_h = POOLED_H[s]
+                pooled_w = POOLED_W[s]
         grad_out_ptr += (roi - set_start).to(tl.int64) * pooled_h * pooled_w * CHANNELS
         total = _add_roi(
             total, row_ptr, grad_out_ptr, channel, cell_y, cell_x, height, width, y, x, pooled_h, pooled_w,
@@ -174,7 +177,7 @@ def roi_align_gather_kernel(
         offset = ((cell_y - y) * width + cell_x)[:, None] * CHANNELS + channel[None, :]
     else:
         offset = channel[None, :].to(tl.int64) * height * width + (cell_y * width + cell_x)[:, None]
-    tl.store(grad_ptr + offset, total.to(grad_ptr.dtype.element_ty), mask)
+    tl.store(grad_ptr + offset, (total * (1.0 / SCALE)).to(grad_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -186,7 +189,7 @@ def _add_roi(
     """`total` [cells, channels] and what one RoI gives to these cells: W @ G, BLOCK_BINS bins at a time."""
     y_grid = tl.load(row_ptr + 10).to(tl.int32)
     x_grid = tl.load(row_ptr + 11).to(tl.int32)
-    y_start, y_bin, y_step, x_start, x_bin, x_step, weight = load_axes(row_ptr)
+    y_start, y_bin, x_start, x_bin, weight = load_axes(row_ptr)
     y_first, y_bins = _bins_near(y_start, y_bin, y, TILE_H, pooled_h)
     x_first, x_bins = _bins_near(x_start, x_bin, x, TILE_W, pooled_w)
     per_row = 1.0 / x_bins
@@ -200,9 +203,9 @@ def _add_roi(
         grad = tl.load(grad_out_ptr + ((row * pooled_w + column) * CHANNELS)[:, None] + channel[None, :], mask, 0.0)
         y_k = (y_start + row.to(y_bin.dtype) * y_bin)[None, :]
         x_k = (x_start + column.to(x_bin.dtype) * x_bin)[None, :]
-        y_weights = axis_weights(y_k, y_step, y_grid, cell_y[:, None], height, (TILE_H, BLOCK_BINS), SAMPLING_RATIO)
-        x_weights = axis_weights(x_k, x_step, x_grid, cell_x[:, None], width, (TILE_W, BLOCK_BINS), SAMPLING_RATIO)
-        weights = (y_weights * weight)[:, None, :] * x_weights[None, :, :]
+        y_weights = axis_weights(y_k, y_bin, y_grid, cell_y[:, None], height, (TILE_H, BLOCK_BINS), SAMPLING_RATIO)
+        x_weights = axis_weights(x_k, x_bin, x_grid, cell_x[:, None], width, (TILE_W, BLOCK_BINS), SAMPLING_RATIO)
+        weights = (y_weights * (weight * SCALE))[:, None, :] * x_weights[None, :, :]
         weights = tl.reshape(weights, (TILE_H * TILE_W, BLOCK_BINS))
         total = dot(weights, grad, total, PRECISION)
     return total
@@ -212,24 +215,24 @@ def _add_roi(
 def _bins_near(start, bin_size, cell, TILE: tl.constexpr, bins):
     """(first, number) of the bins with samples within one cell of the tile; where the RoI is inverted, all of them."""
     scale = 1.0 / tl.maximum(bin_size, 1e-6)
-    # A hundredth of a bin to spare: rounding may not lose a bin, and one too many has no weight.
-    first = tl.maximum(tl.floor((cell - 1 - start) * scale - 0.01), 0.0)
-    last = tl.minimum(tl.floor((cell + TILE - start) * scale + 0.01), bins - 1.0)
+    # A hundredth of a cell and of a bin to spare: rounding may not lose a bin, and one too many has no weight.
+    first = tl.maximum(tl.floor((cell - 1.01 - start) * scale - 0.01), 0.0)
+    last = tl.minimum(tl.floor((cell + (TILE + 0.01) - start) * scale + 0.01), bins - 1.0)
     first = tl.where(bin_size > 0, tl.minimum(first, bins - 1.0), 0.0).to(tl.int32)
     last = tl.where(bin_size > 0, tl.maximum(last, 0.0), bins - 1.0).to(tl.int32)
     return first, tl.maximum(last - first + 1, 0)
 
 
 @triton.jit
-def axis_weights(start, step, grid, cell, length, SHAPE: tl.constexpr, SAMPLING_RATIO: tl.constexpr):
+def axis_weights(start, bin_size, grid, cell, length, SHAPE: tl.constexpr, SAMPLING_RATIO: tl.constexpr):
     """Weights along one axis between bins, whose samples begin at `start`, and cells; they broadcast to SHAPE."""
     weights = tl.zeros(SHAPE, start.dtype)
-    if SAMPLING_RATIO > 0:
+    if SAMPLING_RATIO == 1 or SAMPLING_RATIO == 2:
         for i in tl.static_range(SAMPLING_RATIO):
-            weights += _hat(start + (i + 0.5) * step, cell, length)
+            weights += _hat(start + sample_offset(bin_size, i, grid, SAMPLING_RATIO), cell, length)
     else:
         for i in range(grid):
-            weights += _hat(start + (i + 0.5) * step, cell, length)
+            weights += _hat(start + sample_offset(bin_size, i, grid, SAMPLING_RATIO), cell, length)
     return weights
 
 
@@ -243,9 +246,9 @@ def _hat(position, cell, length):
 
 @triton.jit
 def dot(weights, values, total, PRECISION: tl.constexpr):
-    """`total` + weights @ values, exact to about the sum's own precision.
+    """`total` + weights @ values, rounded far less than `values` are.
 
-    "split": a half type's product with the weight as a sum of two halves, since one alone has 8 (bf16) or 11 bits.
+    "split": a half type's product with the weight as a sum of two halves: 16 bits of it in bf16, 22 in fp16.
     """
     if PRECISION == "split":
         high = weights.to(values.dtype)

@@ -8,7 +8,7 @@ geometry may not.
 import triton
 import triton.language as tl
 
-from .kernel_geometry import TABLE_COLUMNS, corners, load_axes, map_of
+from .kernel_geometry import TABLE_COLUMNS, corners, load_axes, map_of, sample_offset
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def roi_align_forward_kernel(
     whole = tl.load(row_ptr + 7) != 0
     y_grid = tl.load(row_ptr + 10).to(tl.int32)
     x_grid = tl.load(row_ptr + 11).to(tl.int32)
-    y_start, y_bin, y_step, x_start, x_bin, x_step, weight = load_axes(row_ptr)
+    y_start, y_bin, x_start, x_bin, weight = load_axes(row_ptr)
     # Bins beyond the last repeat it and are not stored: masks would cost every load.
     y = y_start + tl.minimum(row, POOLED_H - 1).to(y_bin.dtype) * y_bin
     x = x_start + tl.minimum(column, POOLED_W - 1).to(y_bin.dtype) * x_bin
@@ -57,12 +57,12 @@ def roi_align_forward_kernel(
     total = tl.zeros((ROWS, BLOCK_W, BLOCK_C), y_start.dtype)
     if whole:
         total = _add_samples(
-            total, image_ptr, unit, y, y_step, y_grid, height, x, x_step, x_grid, width, weight,
+            total, image_ptr, unit, y, y_bin, y_grid, height, x, x_bin, x_grid, width, weight,
             CHANNELS // UNIT, SAMPLING_RATIO, MAPS_CHANNELS_LAST, PAIRS, CHANNELS % BLOCK_C != 0,
         )  # fmt: skip
     else:
         total = _add_samples(
-            total, image_ptr, unit, y, y_step, y_grid, height, x, x_step, x_grid, width, weight,
+            total, image_ptr, unit, y, y_bin, y_grid, height, x, x_bin, x_grid, width, weight,
             CHANNELS // UNIT, SAMPLING_RATIO, MAPS_CHANNELS_LAST, PAIRS, True,
         )  # fmt: skip
 
@@ -79,25 +79,27 @@ def roi_align_forward_kernel(
 
 @triton.jit
 def _add_samples(
-    total, image_ptr, unit, y, y_step, y_grid, height, x, x_step, x_grid, width, weight,
+    total, image_ptr, unit, y, y_bin, y_grid, height, x, x_bin, x_grid, width, weight,
     UNITS: tl.constexpr, SAMPLING_RATIO: tl.constexpr, CHANNELS_LAST: tl.constexpr, PAIRS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """`total` [rows, columns, channels] and all samples of its bins, which begin at `y` and `x`."""
-    if SAMPLING_RATIO > 0:
+    if SAMPLING_RATIO == 1 or SAMPLING_RATIO == 2:  # unrolled: more would take minutes to compile
         for iy in tl.static_range(SAMPLING_RATIO):
+            y_i = y + sample_offset(y_bin, iy, y_grid, SAMPLING_RATIO)
             for ix in tl.static_range(SAMPLING_RATIO):
+                x_i = x + sample_offset(x_bin, ix, x_grid, SAMPLING_RATIO)
                 total = _add_sample(
-                    total, image_ptr, unit, y + (iy + 0.5) * y_step, height, x + (ix + 0.5) * x_step, width, weight,
-                    UNITS, CHANNELS_LAST, PAIRS, MASKED,
-                )  # fmt: skip
+                    total, image_ptr, unit, y_i, height, x_i, width, weight, UNITS, CHANNELS_LAST, PAIRS, MASKED
+                )
     else:
         for iy in range(y_grid):
+            y_i = y + sample_offset(y_bin, iy, y_grid, SAMPLING_RATIO)
             for ix in range(x_grid):
+                x_i = x + sample_offset(x_bin, ix, x_grid, SAMPLING_RATIO)
                 total = _add_sample(
-                    total, image_ptr, unit, y + (iy + 0.5) * y_step, height, x + (ix + 0.5) * x_step, width, weight,
-                    UNITS, CHANNELS_LAST, PAIRS, MASKED,
-                )  # fmt: skip
+                    total, image_ptr, unit, y_i, height, x_i, width, weight, UNITS, CHANNELS_LAST, PAIRS, MASKED
+                )
     return total
 
 
@@ -172,7 +174,7 @@ def roi_align_atomic_kernel(
     image_ptr, height, width = map_of(row_ptr, sums, heights, widths, CHANNELS, LEVELS)
     y_grid = tl.load(row_ptr + 10).to(tl.int32)
     x_grid = tl.load(row_ptr + 11).to(tl.int32)
-    y_start, y_bin, y_step, x_start, x_bin, x_step, weight = load_axes(row_ptr)
+    y_start, y_bin, x_start, x_bin, weight = load_axes(row_ptr)
     y = y_start + row.to(y_start.dtype) * y_bin
     x = x_start + column.to(y_start.dtype) * x_bin
 
@@ -180,11 +182,12 @@ def roi_align_atomic_kernel(
     grad_out_ptr += roi * (CHANNELS * POOLED_H * POOLED_W)
     grad = tl.load(grad_out_ptr + (row * POOLED_W + column) * CHANNELS + channel, mask, 0.0).to(y_start.dtype) * weight
     for iy in range(y_grid):
-        y_low, y_high, wy_low, wy_high, y_inside = corners(y + (iy + 0.5) * y_step, height)
+        y_low, y_high, wy_low, wy_high, y_inside = corners(y + sample_offset(y_bin, iy, y_grid, SAMPLING_RATIO), height)
         low_ptr = image_ptr + y_low.to(tl.int64) * (width * CHANNELS) + channel
         high_ptr = image_ptr + y_high.to(tl.int64) * (width * CHANNELS) + channel
         for ix in range(x_grid):
-            x_low, x_high, wx_low, wx_high, x_inside = corners(x + (ix + 0.5) * x_step, width)
+            x_i = x + sample_offset(x_bin, ix, x_grid, SAMPLING_RATIO)
+            x_low, x_high, wx_low, wx_high, x_inside = corners(x_i, width)
             inside = mask & y_inside & x_inside
             tl.atomic_add(low_ptr + x_low * CHANNELS, grad * (wy_low * wx_low), inside, sem="relaxed")
             tl.atomic_add(low_ptr + x_high * CHANNELS, grad * (wy_low * wx_high), inside, sem="relaxed")

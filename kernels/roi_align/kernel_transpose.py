@@ -13,7 +13,7 @@ def transpose_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Transposes one tile of one matrix: NCHW to NHWC with rows = C and columns = H * W, and back."""
+    """Transposes one tile of one matrix: NCHW to NHWC with rows = C and columns = H * W."""
     tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     matrix = (tl.program_id(0) // tiles).to(tl.int64) * rows * columns
     column = (tl.program_id(0) % tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)

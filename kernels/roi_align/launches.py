@@ -205,7 +205,8 @@ def _worth_products(features: Sequence[Tensor], out: Tensor, pooling: Pooling) -
     if not is_half(out.dtype) or out.shape[1] < 16:
         return False
     many = pooling.sampling_ratio <= 0 or pooling.sampling_ratio * max(out.shape[2:]) > 16
-    return many and all(f[0].numel() < 2**31 for f in features if len(f))  # the products' offsets are 32 bits
+    cells = max(f.shape[2] * f.shape[3] for f in features)
+    return many and cells < min(2**21, 2**31 // out.shape[1])  # counted in fp32 and in 32-bit offsets
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -225,12 +226,14 @@ def _samples_tile(channels: int, size: Sequence[int], most_channels: int, number
 def _products_tile(channels: int, size: Sequence[int], dtype: torch.dtype) -> dict:
     """A tile of 16 to 32 bins: more would leave most of W zero, fewer would leave tensor cores idle."""
     block_w = next_power_of_2(size[1])
+    rows = max(2, 16 // block_w)
+    most = tile(min(256, max(16, 8192 // (rows * block_w))), 1024)  # more sums than that spill registers
     return {
         "PRECISION": _precision(dtype),
-        "ROWS": max(2, 16 // block_w),
+        "ROWS": rows,
         "BLOCK_W": block_w,
         "BLOCK_CELLS": 16,
-        "BLOCK_C": max(16, min(next_power_of_2(channels), tile(256, 1024))),
+        "BLOCK_C": max(16, min(next_power_of_2(channels), most)),
         "num_warps": 4,
         "num_stages": 2,
     }

@@ -21,7 +21,7 @@ def pool(
     features: Sequence[Tensor], rois: Sequence[Tensor], pooling: Pooling, out_channels_last: bool, atomics: bool
 ) -> list[Tensor]:
     """Pool each set of `rois` [K_s, 5] (fp32, or fp64 for fp64 features) on L maps: [K_s, C, ph_s, pw_s] each."""
-    if is_traced(features[0]):
+    if is_traced(*features, *rois):
         sizes = [n for size in pooling.sizes for n in size]
         options = (pooling.scales, pooling.sampling_ratio, pooling.aligned)
         canonical = (pooling.canonical_scale, pooling.canonical_level)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import choose_backend
@@ -38,31 +39,32 @@ def roi_align(
         spatial_scale: feature cells a unit of box coordinates.
         sampling_ratio: samples a bin and axis; <= 0 takes ceil(RoI size / bins) for each RoI.
         aligned: shift by half a cell, as detectron2 does; without it RoIs are at least one cell wide and high.
-        backward: how Triton's gradient is summed. "gather": deterministic, bit for bit the same in every run; "atomic":
-            in any order. "auto" is "gather", which is expected to be the faster too.
+        backward: how Triton's gradient is summed (other backends have their own ways). "gather": deterministic, bit
+            for bit the same in every run; "atomic": in any order. "auto" is "gather", which is expected to be the
+            faster too.
         memory_format: of the result, torch.channels_last or torch.contiguous_format; None takes the input's.
         backend: see `BACKENDS`. On a CPU "auto" is torchvision, which computes half types in fp32.
 
     Returns:
         [K, C, height, width] in the input's dtype. Coordinates and sums are fp32 (fp64 for fp64); autocast changes
-        nothing. No gradient flows to the boxes; there is no second derivative. Under
-        `torch.use_deterministic_algorithms(True)` Triton's backward is "gather", whatever was asked for. Products cannot
-        skip what has no weight: inf or NaN in a map may reach more bins of the RoIs above it (half types), and in an
-        incoming gradient more cells beside its RoI, than they would in torchvision.
+        nothing. A box that is not finite gives zeros. No gradient flows to the boxes; there is no second derivative.
+        Under `torch.use_deterministic_algorithms(True)` Triton's backward is "gather", whatever was asked for. Its
+        products cannot skip what has no weight: inf or NaN in a map may reach more bins of the RoIs above it (half
+        types), and in an incoming gradient more cells beside its RoI, than they would in torchvision.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or option.
         IndexError: a batch index out of range (CPU tensors; on a GPU such a RoI gives zeros).
     """
     check_tensor(input, "input", 4)
-    rois = boxes if isinstance(boxes, Tensor) else _rois_from_list(boxes)
+    rois = _rows(boxes, "boxes", len(input))
     options = ([float(spatial_scale)], sampling_ratio, aligned, 224, 4)
     return _pool([input], [rois], [output_size], *options, backward, memory_format, backend)[0]
 
 
 def multiscale_roi_align(
     features: Sequence[Tensor],
-    rois: Tensor,
+    rois: Tensor | Sequence[Tensor],
     output_size: int | tuple[int, int],
     scales: Sequence[float],
     sampling_ratio: int = 2,
@@ -82,7 +84,8 @@ def multiscale_roi_align(
 
     Args:
         features: L maps [B, C, H_l, W_l], finest first, of one dtype, batch size and number of channels.
-        rois: [K, 5] rows of (batch index, x1, y1, x2, y2) in image pixels; batch indices in any order.
+        rois: [K, 5] rows of (batch index, x1, y1, x2, y2) in image pixels, batch indices in any order; or a list of
+            [L, 4] boxes, one tensor an image.
         output_size, sampling_ratio, aligned, backward, memory_format, backend: as in `roi_align`.
         scales: L numbers, cells a pixel of each level, e.g. [1/4, 1/8, 1/16, 1/32].
         canonical_scale, canonical_level: a box of this side (pixels) belongs to the level of scale 2**-level.
@@ -91,13 +94,14 @@ def multiscale_roi_align(
         [K, C, height, width] in the features' dtype; precision, gradients and errors as `roi_align`.
     """
     scales = _check_pyramid(features, scales)
+    rois = _rows(rois, "rois", len(features[0]))
     options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     return _pool(list(features), [rois], [output_size], *options, backward, memory_format, backend)[0]
 
 
 def joint_multiscale_roi_align(
     features: Sequence[Tensor],
-    rois: Sequence[Tensor],
+    rois: Sequence[Tensor | Sequence[Tensor]],
     output_sizes: Sequence[int | tuple[int, int]],
     scales: Sequence[float],
     sampling_ratio: int = 2,
@@ -116,7 +120,7 @@ def joint_multiscale_roi_align(
 
     Args:
         features, scales, sampling_ratio, aligned, canonical_scale, canonical_level: as in `multiscale_roi_align`.
-        rois: a tensor [K_s, 5] for each set.
+        rois: for each set a tensor [K_s, 5], or a list of [L, 4] boxes, one tensor an image.
         output_sizes: bins for each set.
         backward, memory_format, backend: as in `roi_align`.
 
@@ -124,8 +128,10 @@ def joint_multiscale_roi_align(
         A tensor [K_s, C, height_s, width_s] for each set.
     """
     scales = _check_pyramid(features, scales)
-    if not isinstance(rois, Sequence) or len(rois) == 0 or len(rois) != len(output_sizes):
+    lists = isinstance(rois, Sequence) and isinstance(output_sizes, Sequence)
+    if not lists or len(rois) == 0 or len(rois) != len(output_sizes):
         raise ValueError("rois and output_sizes must be lists of the same length, an entry for each set of RoIs")
+    rois = [_rows(r, f"rois[{i}]", len(features[0])) for i, r in enumerate(rois)]
     options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     return _pool(list(features), list(rois), output_sizes, *options, backward, memory_format, backend)
 
@@ -134,7 +140,8 @@ def _check_pyramid(features: Sequence[Tensor], scales: Sequence[float]) -> list[
     """The scales, once they and the maps agree."""
     if not isinstance(features, Sequence) or len(features) == 0:
         raise ValueError("features must be a non-empty list of [B, C, H, W] tensors")
-    if len(features) != len(scales):
+    if not isinstance(scales, Sequence) or len(features) != len(scales):
+        scales = scales if isinstance(scales, Sequence) else [scales]
         raise ValueError(f"{len(features)} feature maps but {len(scales)} scales: give one scale a map")
     for i, feature in enumerate(features):
         check_tensor(feature, f"features[{i}]", 4)
@@ -173,7 +180,7 @@ def _pool(
         check_indices(r[:, 0], features[0].shape[0], f"batch indices ({name}[:, 0])")
 
     wide = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    rois = [r.to(wide) for r in rois]
+    rois = [r.detach().to(wide) for r in rois]  # no gradient flows to them, on any backend
     # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
     memory_format = memory_format or layout(is_channels_last(features))
     backend = choose_backend(backend, rois[0], on_cpu="torchvision")
@@ -210,11 +217,16 @@ def _reference(features: list[Tensor], rois: Tensor, size: tuple[int, int], *opt
         return reference.multiscale_roi_align(features, rois, size, *options)
 
 
-def _rois_from_list(boxes: Sequence[Tensor]) -> Tensor:
+def _rows(boxes: Tensor | Sequence[Tensor], name: str, images: int) -> Tensor:
+    """[K, 5] rows as they are, or a list of [L, 4] boxes, one tensor an image, as such rows."""
+    if isinstance(boxes, Tensor):
+        return boxes
     if not isinstance(boxes, Sequence) or len(boxes) == 0:
-        raise TypeError("boxes must be a [K, 5] tensor or a list of [L, 4] tensors, one an image")
+        raise TypeError(f"{name} must be a [K, 5] tensor or a list of [L, 4] tensors, one an image")
+    if len(boxes) > images:
+        raise ValueError(f"{name} holds boxes of {len(boxes)} images, the features are of {images}")
     for i, b in enumerate(boxes):
-        check_tensor(b, f"boxes[{i}]", 2, last=4)
+        check_tensor(b, f"{name}[{i}]", 2, last=4)
     return torch.cat([torch.cat([torch.full_like(b[:, :1], i), b], dim=1) for i, b in enumerate(boxes)])
 
 
@@ -233,11 +245,15 @@ def _torchvision(
 
     # torchvision computes coordinates in the features' dtype, and fp16 is half a pixel coarse at 512: not in halves.
     dtype, features = features[0].dtype, [f.to(rois.dtype) for f in features]
+    # It reads outside its tensors for NaN, and never returns from an infinite RoI.
+    finite = rois.isfinite().all(dim=1)
+    rois = torch.where(finite[:, None], rois, F.pad(torch.zeros_like(rois[:, 1:]), (1, 0)))
+    keep = finite[:, None, None, None]
     if len(features) == 1:
-        return op(features[0], rois, size, scales[0], sampling_ratio, aligned).to(dtype)
+        return torch.where(keep, op(features[0], rois, size, scales[0], sampling_ratio, aligned), 0).to(dtype)
     levels = reference.assign_levels(rois, reference.level_thresholds(scales, canonical_scale, canonical_level))
     out = features[0].new_zeros(len(rois), features[0].shape[1], *size)
     for i, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         index = torch.where(levels == i)[0]
         out[index] = op(feature, rois[index], size, scale, sampling_ratio, aligned)
-    return out.to(dtype)
+    return torch.where(keep, out, 0).to(dtype)

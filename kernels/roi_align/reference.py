@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MOST_SAMPLES = 2.0**20
-"""Adaptive sampling takes fewer samples a bin and axis; a larger RoI, or one that is not finite, has none."""
+MOST_SAMPLES = 2.0**28
+"""Adaptive sampling takes at most so many samples a bin; a larger RoI, or one that is not finite, has none."""
 
 
 def level_thresholds(scales: Sequence[float], canonical_scale: int, canonical_level: int) -> list[float]:
@@ -44,7 +44,7 @@ def multiscale_roi_align(
     All levels' cells are laid end to end in one table, so that a RoI's level is only an offset into it.
     """
     rois = rois.to(torch.float64 if features[0].dtype == torch.float64 else torch.float32)
-    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features])
+    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, f.shape[1]) for f in features]).to(rois.dtype)
     levels = assign_levels(rois, level_thresholds(scales, canonical_scale, canonical_level))
 
     def per_level(values: Sequence[float], like: Tensor) -> Tensor:
@@ -59,8 +59,9 @@ def multiscale_roi_align(
     y_samples = _axis_samples(rois[:, 2:3] * scale, rois[:, 4:5] * scale, output_size[0], sampling_ratio, aligned)
     x_samples = _axis_samples(rois[:, 1:2] * scale, rois[:, 3:4] * scale, output_size[1], sampling_ratio, aligned)
     y_grid, x_grid = y_samples[1], x_samples[1]
-    total = table.new_zeros(len(rois), *output_size, table.shape[1], dtype=rois.dtype)
-    total = total + table[:0].sum().to(total.dtype)  # zero, and a path for the gradient where there is no sample
+    y_grid.masked_fill_(y_grid * x_grid > MOST_SAMPLES, 0)
+    total = table.new_zeros(len(rois), *output_size, table.shape[1])
+    total = total + table[:0].sum()  # zero, and a path for the gradient where there is no sample
     for y, y_inside in _each_sample(*y_samples, sampling_ratio):
         y_low, y_high, y_weight = _corners(y, y_inside, height)
         for x, x_inside in _each_sample(*x_samples, sampling_ratio):
@@ -71,10 +72,10 @@ def multiscale_roi_align(
                 for column, column_weight in ((x_low, 1 - x_weight), (x_high, x_weight)):
                     cell = (first_cell + row * width)[:, :, None] + column[:, None, :]
                     weight = row_weight[:, :, None] * column_weight[:, None, :]
-                    value = value + weight[..., None] * table[cell].to(rois.dtype)
+                    value = value + weight[..., None] * table[cell]
             total = total + torch.where(inside[..., None], value, 0)
     count = (y_grid * x_grid).clamp(min=1)[..., None, None]
-    return (total / count).permute(0, 3, 1, 2).to(table.dtype)
+    return (total / count).permute(0, 3, 1, 2).to(features[0].dtype)
 
 
 def _axis_samples(

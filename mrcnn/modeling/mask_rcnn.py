@@ -34,7 +34,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 class MaskRCNN(nn.Module):
-    """images -> backbone -> fpn -> rpn -> proposals -> sample -> pool -> box head and mask head -> losses or detections.
+    """images -> backbone -> fpn -> rpn -> proposals -> sample -> pool -> box and mask head -> losses or detections.
 
     Every stage is a module, those without weights too, so that PyTorch's forward hooks see what enters and leaves it.
     No weights are downloaded here: see `backbone.load_pretrained`.

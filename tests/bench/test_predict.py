@@ -146,7 +146,7 @@ def test_geometry_is_the_kernels_own(device, aligned):
     found = torch.stack([y.first, y.last, x.first, x.last], dim=1)
     assert torch.equal(found[touches], table[touches, 12:].long())
     floats = torch.stack([y.start, y.bin_size, x.start, x.bin_size], dim=1)
-    assert torch.equal(floats[touches], table[:, [0, 1, 3, 4]].view(torch.float32)[touches])
+    assert torch.equal(floats[touches], table[:, [0, 1, 2, 3]].view(torch.float32)[touches])
     assert len(set(reference.assign_levels(rois, reference.level_thresholds(scales, 224, 4)).tolist())) == 2
 
 

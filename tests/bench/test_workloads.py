@@ -44,7 +44,7 @@ FROZEN = {
     "multiscale_roi_align roi-size": "629379d0a9a0",
     "joint_multiscale_roi_align": "906c8e19045e",
     "roi_align": "7e8d2c240bb3",
-    "roi_align deterministic": "c052de9c69b4",
+    "roi_align one-image": "1079d7ac6303",
     "label_anchors": "adc58d4c63a6",
     "box_iou": "b359d15e5890",
     "mask_bce_loss": "5ba62f238de3",

@@ -250,6 +250,81 @@ def test_batch_index_out_of_range(batch, device):
         roi_align(features.cpu(), rois.cpu(), 2, backend="torch")
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_samples_of_whole_pixels_are_torchvisions(backend, device):
+    # Three samples a bin: (i + 0.5) * (bin / 3) rounds differently, and moves the one at -1 out of the map.
+    features = torch.ones(1, 1, 50, 50, device=device)
+    rois = torch.tensor([[0, 0.0, -16, 100, 104]], device=device)
+    ours = roi_align(features, rois, 7, 0.25, backend=backend)
+    torch.testing.assert_close(ours.cpu(), torchvision.ops.roi_align(features.cpu(), rois.cpu(), 7, 0.25))
+
+
+def test_no_bin_is_lost_at_the_far_edge(device):
+    # Tiny bins at x = W: their samples count in full, one ulp further they would not; the list of bins has to be wide
+    # enough in cells, not only in bins.
+    features = torch.ones(1, 1, 16, 1000, device=device, requires_grad=True)
+    rois = torch.tensor([[0, 1000.5, 4, 1000.5001, 9]], device=device)
+    out = roi_align(features, rois, (2, 7), 1.0, 2, True, backend="triton")
+    (grad,) = torch.autograd.grad(out.sum(), features)
+    assert out.sum() > 0
+    torch.testing.assert_close(grad.sum(), out.sum())  # the map is 1 everywhere
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="25,600 samples a bin take the interpreter an hour")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_large_bins_keep_their_bits(dtype, device):
+    # One bin over 160 x 160 cells: each weighs 4e-5, of which fp16 would keep 9 bits, all rounded the same way.
+    features = torch.ones(1, 16, 160, 160, dtype=dtype, device=device).contiguous(memory_format=torch.channels_last)
+    rois = torch.tensor([[0, 0.0, 0, 160, 160]], device=device)
+    out = roi_align(features.requires_grad_(), rois, 1, backend="triton")
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=2**-8, atol=0)
+    (grad,) = torch.autograd.grad(out, features, torch.full_like(out, 1024.0))
+    inner = grad[:, :, 1:-1, 1:-1].double()
+    torch.testing.assert_close(
+        inner, torch.full_like(inner, 1024 / 160**2), rtol=2e-3 if dtype == torch.float16 else 2**-7, atol=0
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "torchvision", "auto"])
+def test_box_that_is_not_finite_crashes_nothing(backend, device):
+    # torchvision's own op reads outside its tensors for NaN: one diverged step would take the process with it.
+    features = torch.ones(1, 2, 8, 8, device=device, requires_grad=True)
+    rois = torch.tensor([[0, float("nan"), 1, 2, 3], [0, 1, 1, float("inf"), 3], [0, 1, 1, 5, 5]], device=device)
+    for sampling_ratio in (-1, 2):
+        out = roi_align(features, rois, 2, 1.0, sampling_ratio, backend=backend)
+        assert (out[:2] == 0).all() and (out[2] == 1).all()
+        assert torch.autograd.grad(out.sum(), features)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "torchvision"])
+def test_no_gradient_flows_to_boxes(backend, device):
+    # With boxes that are not detached, a backend that differed would train another model.
+    features = torch.randn(1, 2, 8, 8, device=device, requires_grad=True)
+    rois = torch.tensor([[0, 1.0, 1, 5, 5]], device=device, requires_grad=True)
+    roi_align(features, rois, 2, 1.0, 2, backend=backend).sum().backward()
+    assert rois.grad is None and features.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "torchvision"])
+def test_half_gradients_are_summed_in_fp32(backend, device):
+    # 300 RoIs on one spot: each addition in bf16 would lose what is below 1/256 of the sum.
+    features = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+    rois = torch.tensor([[0, 2.0, 2, 4, 4]], device=device).repeat(300, 1)
+    out = roi_align(features, rois, 1, 1.0, 1, backend=backend)
+    (grad,) = torch.autograd.grad(out.sum(), features)
+    torch.testing.assert_close(grad.double().sum().item(), 300.0, rtol=2**-7, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace(device):
+    # Who traces gets the registered op.
+    features = torch.randn(1, 2, 8, 8, device=device)
+    rois = torch.tensor([[0, 1.0, 1, 5, 5]], device=device)
+    function = lambda x, r: roi_align(x, r, 2, 1.0, 2, backend="triton")
+    traced = torch.jit.trace(function, (features, rois), check_trace=False)
+    torch.testing.assert_close(traced(features + 1, rois), function(features + 1, rois))
+
+
 def test_no_second_derivative(device):
     # Asking for one must be an error, not a silent zero.
     features = torch.randn(1, 1, 4, 4, device=device, requires_grad=True)
@@ -270,6 +345,7 @@ def test_no_second_derivative(device):
         ({"boxes": [torch.zeros(3, 5)]}, ValueError, r"boxes\[0\] must have 2 dimensions, the last of size 4"),
         ({"boxes": torch.zeros(3, 5, dtype=torch.int32)}, TypeError, "rois must be float16"),
         ({"boxes": torch.zeros(3, 5, device="meta")}, ValueError, "all tensors must be on one device"),
+        ({"boxes": [torch.zeros(3, 4)] * 2}, ValueError, "boxes holds boxes of 2 images, the features are of 1"),
         ({"output_size": 0}, ValueError, "output_size must be a positive integer or two of them"),
         ({"output_size": (7, 2.5)}, ValueError, "output_size must be a positive integer or two of them"),
         ({"output_size": None}, ValueError, "output_size must be a positive integer or two of them"),

@@ -158,8 +158,8 @@ def boxes_in_the_corner(batch: int, side: int, device: torch.device) -> tuple[Te
     return corner + torch.tensor([batch - 1, *[side - 8] * 4], device=device), corner
 
 
-# Past 2**31 by the place in one image, and by the image (the last of nine begins there).
-LARGE = [(1, 256, 3000), (9, 64, 2100)]
+# Past 2**31 by the place in one image, and by the image (the last of ten begins there).
+LARGE = [(1, 256, 3000), (10, 128, 1400)]
 large = pytest.mark.parametrize(("batch", "channels", "side"), LARGE, ids=["image", "batch"])
 
 
@@ -177,7 +177,7 @@ def test_maps_of_more_than_2_31_elements(batch, channels, side, layout, dtype, s
     rois, boxes = boxes_in_the_corner(batch, side, device)
     launch_counts.clear()
     out = roi_align(features, rois, 2, 1.0, sampling_ratio, backend="triton")
-    # The products' offsets have 32 bits within an image.
+    # The products count an image's cells in fp32, and their offsets have 32 bits within it.
     assert launch_counts["roi_align_matrix_kernel"] == (sampling_ratio < 0 and batch > 1)
     truth = roi_align(corner.double(), boxes.double(), 2, 1.0, sampling_ratio, backend="torch")
     torch.testing.assert_close(out[:, -3:].double(), truth, rtol=rounding(dtype, device), atol=1e-5)
