@@ -130,7 +130,7 @@ def _axis(low, high, scale, length, BINS: tl.constexpr, SAMPLING_RATIO: tl.const
 def sample_offset(bin_size, i, grid, SAMPLING_RATIO: tl.constexpr):
     """How far sample `i` of a bin lies from where the bin begins: (i + 0.5) * bin / grid, rounded as in torchvision."""
     if SAMPLING_RATIO == 1 or SAMPLING_RATIO == 2 or SAMPLING_RATIO == 4:
-        return (i + 0.5) * bin_size * (1.0 / SAMPLING_RATIO)  # exactly the quotient
+        return (i + 0.5) * (1.0 / SAMPLING_RATIO) * bin_size  # the same bits: the division is by a power of two
     else:
         return divide((i + 0.5) * bin_size, grid.to(bin_size.dtype))
 

@@ -13,9 +13,6 @@ from triton.language.target_info import is_cuda
 from .kernel_geometry import TABLE_COLUMNS, load_axes, map_of, sample_offset
 from .kernel_lists import tile_of
 
-SCALE = tl.constexpr(1024.0)
-"""Weights in the gather, at most 1 and small where a bin has many samples, times this: fp16 ends at 6e-8."""
-
 
 @triton.jit
 def roi_align_matrix_kernel(
@@ -146,6 +143,8 @@ def roi_align_gather_kernel(
 
     cell_y = y + tl.arange(0, TILE_H)
     cell_x = x + tl.arange(0, TILE_W)
+    # A bin of many samples has small weights, and fp16 ends at 6e-8.
+    SCALE: tl.constexpr = 1024.0 if grad_outs[0].dtype.element_ty == tl.float16 else 1.0
     DTYPE: tl.constexpr = tl.float64 if table_ptr.dtype.element_ty == tl.int64 else tl.float32
     total = tl.zeros((TILE_H * TILE_W, BLOCK_C), DTYPE)
     for entry in range(tl.load(lengths_ptr + tile)):
@@ -164,7 +163,7 @@ def roi_align_gather_kernel(
         grad_out_ptr += (roi - set_start).to(tl.int64) * pooled_h * pooled_w * CHANNELS
         total = _add_roi(
             total, row_ptr, grad_out_ptr, channel, cell_y, cell_x, height, width, y, x, pooled_h, pooled_w,
-            CHANNELS, SAMPLING_RATIO, PRECISION, TILE_H, TILE_W, BLOCK_BINS, BLOCK_C,
+            CHANNELS, SAMPLING_RATIO, PRECISION, SCALE, TILE_H, TILE_W, BLOCK_BINS, BLOCK_C,
         )  # fmt: skip
 
     cell = tl.arange(0, TILE_H * TILE_W)
@@ -183,7 +182,7 @@ def roi_align_gather_kernel(
 @triton.jit
 def _add_roi(
     total, row_ptr, grad_out_ptr, channel, cell_y, cell_x, height, width, y, x, pooled_h, pooled_w,
-    CHANNELS: tl.constexpr, SAMPLING_RATIO: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, SAMPLING_RATIO: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """`total` [cells, channels] and what one RoI gives to these cells: W @ G, BLOCK_BINS bins at a time."""
