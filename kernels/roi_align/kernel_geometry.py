@@ -1,7 +1,7 @@
 """Where each RoI lies: computed once, as a table that the forward and every backward read.
 
-The decisions of RoIAlign are made here and nowhere else (level, samples a bin, which cells a RoI can touch), so that
-forward and backward cannot disagree, and with IEEE division and no fused multiply-adds, so that they are the
+What a RoI's geometry decides is decided here (level, samples a bin, which cells it can touch), so that forward and
+backward cannot disagree, and with IEEE division and no fused multiply-adds, so that they are the
 reference's. A row of the table is 16 words of 4 bytes (8 for fp64), floats stored as their bits:
 
     0 y_start  1 y_bin               start and bin size in cells, fp32 (fp64)
@@ -164,7 +164,14 @@ def load_axes(row_ptr):
 @triton.jit
 def map_of(row_ptr, maps, heights, widths, CHANNELS: tl.constexpr, LEVELS: tl.constexpr):
     """The map that a RoI lies on: (pointer to its image's map, height, width)."""
-    level = tl.load(row_ptr + 8).to(tl.int32)
+    map_ptr, height, width = select_level(tl.load(row_ptr + 8).to(tl.int32), maps, heights, widths, LEVELS)
+    image = tl.load(row_ptr + 9).to(tl.int64)
+    return map_ptr + image * height * width * CHANNELS, height, width
+
+
+@triton.jit
+def select_level(level, maps, heights, widths, LEVELS: tl.constexpr):
+    """(pointer, height, width) of one level: tuples have no index that is known only when the kernel runs."""
     map_ptr = maps[0]
     height = heights[0]
     width = widths[0]
@@ -173,8 +180,7 @@ def map_of(row_ptr, maps, heights, widths, CHANNELS: tl.constexpr, LEVELS: tl.co
             map_ptr = maps[i]
             height = heights[i]
             width = widths[i]
-    image = tl.load(row_ptr + 9).to(tl.int64)
-    return map_ptr + image * height * width * CHANNELS, height, width
+    return map_ptr, height, width
 
 
 @triton.jit

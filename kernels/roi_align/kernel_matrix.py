@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from .kernel_geometry import TABLE_COLUMNS, load_axes, map_of, sample_offset
+from .kernel_geometry import TABLE_COLUMNS, load_axes, map_of, sample_offset, select_level
 from .kernel_lists import tile_of
 
 
@@ -129,14 +129,7 @@ def roi_align_gather_kernel(
     tile = tl.program_id(0) // CHANNEL_BLOCKS
     channel = (tl.program_id(0) % CHANNEL_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
     level, image, t, y, x = tile_of(tile, batch_size, heights, widths, LEVELS, TILE_H, TILE_W)
-    grad_ptr = grads[0]
-    height = heights[0]
-    width = widths[0]
-    for i in tl.static_range(1, LEVELS):
-        if level == i:
-            grad_ptr = grads[i]
-            height = heights[i]
-            width = widths[i]
+    grad_ptr, height, width = select_level(level, grads, heights, widths, LEVELS)
     start = tl.load(starts_ptr + level * batch_size + image)
     number = tl.load(starts_ptr + level * batch_size + image + 1) - start
     list_ptr = lists_ptr + start.to(tl.int64) * most_tiles + t.to(tl.int64) * number

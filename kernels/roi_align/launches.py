@@ -296,11 +296,11 @@ def _gather(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], poo
     launch(
         group_rois_kernel, groups, table, starts, order, len(table), batch_size, BLOCK=tile(1024, 1024), device=device
     )
-    shared = {"LEVELS": levels, "TILE_H": tile_h, "TILE_W": tile_w}
+    cells = {"TILE_H": tile_h, "TILE_W": tile_w}
     maps = (batch_size, heights, widths, max(tiles))
     launch(
         list_rois_kernel, (total_tiles,), table, starts, order, lists, lengths, *maps, BLOCK=256, num_warps=2,
-        device=device, **shared,
+        LEVELS=levels, device=device, **cells,
     )  # fmt: skip
     first_rois = [0]
     for g in grad_outs[:-1]:
@@ -321,9 +321,9 @@ def _gather(grad_outs: Sequence[Tensor], table: Tensor, grads: list[Tensor], poo
         SETS=len(grad_outs),
         POOLED_H=tuple(g.shape[2] for g in grad_outs),
         POOLED_W=tuple(g.shape[3] for g in grad_outs),
-        SAMPLING_RATIO=max(pooling.sampling_ratio, 0),
         CHANNELS_LAST=channels_last,
-        **shared,
+        **pooling.sampling,
+        **cells,
         **constants,
         device=device,
     )

@@ -20,7 +20,7 @@ FAULTS = [
     ("_axis", "roi_align", "whole = (lowest >= -1.0)", "whole = (lowest >= -2.0)", "every_kind and 1-72"),
     ("corners", "roi_align", "position >= -1.0", "position >= 0.0", "test_every_kind_of_box"),
     ("roi_geometry_kernel", "roi_align", "(area) + THRESHOLDS[i - 1]", "(area) + THRESHOLDS[i - 1] * 1.0001", "levels"),
-    ("map_of", "roi_align", "level == i:", "level == i + 1:", "torchvisions_pooler"),
+    ("select_level", "roi_align", "level == i:", "level == i + 1:", "torchvisions_pooler"),
     ("roi_align_matrix_kernel", "roi_align", "total * weight", "total", "halves and products"),
     ("_cells_under", "roi_align", "end.to(tl.int32) + 1", "end.to(tl.int32)", "halves and products"),
     ("dot", "roi_align", "return tl.dot(low, values, total)", "return total", "gradients_in_halves"),
