@@ -19,6 +19,7 @@ Under `torch.autocast` every op gives, on every backend, the bits and the dtype 
 For fp64 inputs, where they are taken, fp64 stands for fp32.
 """
 
+from .anchors import AnchorGrid
 from .backend import BACKENDS, choose_backend, use_backend
 from .box_iou import box_iou
 from .label_anchors import label_anchors
@@ -29,6 +30,7 @@ from .runtime import HAS_TRITON, INTERPRETED, launch_counts
 
 __all__ = [
     "BACKENDS",
+    "AnchorGrid",
     "HAS_TRITON",
     "INTERPRETED",
     "box_iou",

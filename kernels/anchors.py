@@ -1,0 +1,65 @@
+"""The anchors of a feature pyramid, described by what they are made of: cells, extents, strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_tensor
+
+MOST_ANCHORS = 1 << 24
+"""Of an image: kernels get extents as fp32, which holds every whole number up to here. (Triton specialises on whole
+numbers in tuples, and would compile anew for many an image size.)"""
+
+
+@dataclass(frozen=True)
+class AnchorGrid:
+    """Anchors ordered by (level, y, x, anchor of the cell), as torchvision's and detectron2's generators order them.
+
+    Anchor (l, y, x, a) is `cells[l, a]` moved by (x * stride_x, y * stride_y) of its level, in fp32.
+
+    Args:
+        cells: [L, k, 4] fp32 xyxy in pixels, relative to the cell's origin.
+        extents: (H_l, W_l) of the L feature maps.
+        strides: (stride_y, stride_x) of each level in pixels, whole numbers.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype or shape, or lists that do not fit together.
+    """
+
+    cells: Tensor
+    extents: Sequence[tuple[int, int]]
+    strides: Sequence[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        check_tensor(self.cells, "cells", 3, last=4)
+        if self.cells.dtype != torch.float32:
+            raise TypeError(f"cells must be float32, got {self.cells.dtype}")
+        if not len(self.cells) == len(self.extents) == len(self.strides):
+            raise ValueError(
+                f"cells, extents and strides must have one entry a level, got {len(self.cells)}, {len(self.extents)} "
+                f"and {len(self.strides)}"
+            )
+
+    @property
+    def level_sizes(self) -> list[int]:
+        """Number of anchors of each level."""
+        return [height * width * self.cells.shape[1] for height, width in self.extents]
+
+    def __len__(self) -> int:
+        """Number of anchors, A."""
+        return sum(self.level_sizes)
+
+    def anchors(self) -> Tensor:
+        """All of them: [A, 4] fp32 xyxy in pixels."""
+        levels = []
+        for cell, (height, width), (stride_y, stride_x) in zip(self.cells, self.extents, self.strides, strict=True):
+            y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride_y
+            x = torch.arange(width, device=cell.device, dtype=torch.float32) * stride_x
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack([x, y, x, y], dim=-1)
+            levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
+        return torch.cat(levels) if levels else self.cells.new_zeros(0, 4)
