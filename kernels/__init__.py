@@ -30,9 +30,9 @@ from .runtime import HAS_TRITON, INTERPRETED, launch_counts
 
 __all__ = [
     "BACKENDS",
-    "AnchorGrid",
     "HAS_TRITON",
     "INTERPRETED",
+    "AnchorGrid",
     "box_iou",
     "choose_backend",
     "joint_multiscale_roi_align",

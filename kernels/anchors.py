@@ -44,6 +44,12 @@ class AnchorGrid:
                 f"and {len(self.strides)}"
             )
 
+    @classmethod
+    def of(cls, anchors: Tensor) -> AnchorGrid:
+        """Any anchors [A, 4], as the only cell of one level."""
+        check_tensor(anchors, "anchors", 2, last=4)
+        return cls(anchors[None], ((1, 1),), ((0, 0),))
+
     @property
     def level_sizes(self) -> list[int]:
         """Number of anchors of each level."""
@@ -52,6 +58,10 @@ class AnchorGrid:
     def __len__(self) -> int:
         """Number of anchors, A."""
         return sum(self.level_sizes)
+
+    def flat(self) -> tuple[Tensor, list[int], list[int]]:
+        """As torch.library ops take it: cells, then [H_0, W_0, H_1, ...] and the strides in the same order."""
+        return self.cells, [n for e in self.extents for n in e], [n for s in self.strides for n in s]
 
     def anchors(self) -> Tensor:
         """All of them: [A, 4] fp32 xyxy in pixels."""
@@ -63,3 +73,9 @@ class AnchorGrid:
             shifts = torch.stack([x, y, x, y], dim=-1)
             levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
         return torch.cat(levels) if levels else self.cells.new_zeros(0, 4)
+
+
+def kernel_arguments(cells: Tensor, extents: list[int], strides: list[int]) -> tuple:
+    """What kernels take of a flat grid: cells, anchors a cell, then tuples by level: heights, widths, strides y, x."""
+    by_level = (tuple(map(float, numbers)) for numbers in (extents[::2], extents[1::2], strides[::2], strides[1::2]))
+    return cells.contiguous(), cells.shape[1], *by_level
