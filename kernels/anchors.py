@@ -43,6 +43,13 @@ class AnchorGrid:
                 f"cells, extents and strides must have one entry a level, got {len(self.cells)}, {len(self.extents)} "
                 f"and {len(self.strides)}"
             )
+        for name, pairs in (("extents", self.extents), ("strides", self.strides)):
+            if any(len(pair) != 2 for pair in pairs):
+                raise ValueError(f"{name} must be pairs (of y, of x), got {pairs}")
+            if not all(isinstance(n, int | torch.SymInt) for pair in pairs for n in pair):
+                raise TypeError(f"{name} must be whole numbers, got {pairs}")
+            if any(n < 0 for pair in pairs for n in pair):
+                raise ValueError(f"{name} must not be negative, got {pairs}")
 
     @classmethod
     def of(cls, anchors: Tensor) -> AnchorGrid:
@@ -78,4 +85,4 @@ class AnchorGrid:
 def kernel_arguments(cells: Tensor, extents: list[int], strides: list[int]) -> tuple:
     """What kernels take of a flat grid: cells, anchors a cell, then tuples by level: heights, widths, strides y, x."""
     by_level = (tuple(map(float, numbers)) for numbers in (extents[::2], extents[1::2], strides[::2], strides[1::2]))
-    return cells.contiguous(), cells.shape[1], *by_level
+    return cells.contiguous(), cells.shape[-2], *by_level

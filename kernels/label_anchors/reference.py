@@ -16,11 +16,11 @@ def label_anchors(
     low_inclusive: bool,
     require_overlap: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See `op.label_anchors`; box_iou followed by the rules of torchvision's Matcher."""
+    """See `op.label_anchors`, anchors [B, A, 4]; box_iou followed by the rules of torchvision's Matcher."""
     options = (high_threshold, low_threshold, allow_low_quality_matches, low_inclusive, require_overlap)
-    results = [_label_image(anchors, boxes, count, *options) for boxes, count in zip(gt_boxes, gt_count, strict=True)]
+    results = [_label_image(*image, *options) for image in zip(anchors, gt_boxes, gt_count, strict=True)]
     if not results:
-        empty = torch.empty(0, len(anchors), device=anchors.device)
+        empty = torch.empty(anchors.shape[:2], device=anchors.device)
         return empty.to(torch.int8), empty.to(torch.int32)
     labels, matched_idx = zip(*results, strict=True)
     return torch.stack(labels), torch.stack(matched_idx)
@@ -50,5 +50,5 @@ def _label_image(
         best_of_gt = iou[:-1].max(dim=1, keepdim=True).values
         claims = is_object[:, None] & (best_of_gt > 0) if require_overlap else is_object[:, None]
         labels.masked_fill_(((iou[:-1] == best_of_gt) & claims).any(dim=0), 1)
-    matched_idx = torch.where(best == -1, 0, matched_idx)
+    matched_idx = torch.where(labels == 1, matched_idx, 0)
     return labels.to(torch.int8), matched_idx.to(torch.int32)
