@@ -25,13 +25,15 @@ KERNELS = {
         "list_rois_kernel",
         "roi_align_gather_kernel",
     ),
-    "box_iou": ("box_iou_kernel",),
-    "label_anchors": ("best_iou_of_gt_kernel", "label_anchors_kernel"),
-    "nms_mask": ("nms_mask_kernel",),
+    "label_grid_anchors": ("best_iou_with_grid_kernel", "label_anchors_kernel"),
+    "rpn_loss": ("rpn_loss_forward_kernel", "rpn_loss_backward_kernel"),
+    "stable_topk": ("topk_keys_kernel",),
+    "decode_proposals": ("decode_proposals_kernel",),
+    "nms_mask": ("nms_words_kernel", "nms_sweep_kernel"),
     "mask_bce_loss": ("mask_bce_forward_kernel", "mask_bce_backward_kernel"),
 }
-"""The kernels that a training step launches. Boxes need no gradient in training, so box_iou's backward is not
-among them; the other RoIAlign ops launch the same kernels."""
+"""The kernels that a training step launches: it forms no IoU matrix, so box_iou's are not among them. The other
+RoIAlign ops launch the same kernels; label_anchors, which matches the RoIs, shares the second of label_grid_anchors."""
 
 
 @dataclass
@@ -130,7 +132,7 @@ def _compare(seen: Following, ours: MaskRCNN, reference: MaskRCNN, ours_losses: 
 def _number_of_anchors(model: MaskRCNN, batch: Batch) -> int:
     with torch.no_grad():
         features = model.fpn(model.backbone(model.normalize(batch.images, batch.sizes)))
-        return len(model.anchors(features, tuple(batch.images.shape[-2:]))[0])
+        return len(model.anchors(features, tuple(batch.images.shape[-2:])))
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def following_table(seen: Following, steps: int) -> Table:
     """Every op's launches and what it worked on."""
     work = {
         "joint_multiscale_roi_align": f"{min(seen.rois)}-{max(seen.rois)} RoIs, {max(seen.levels)} levels",
-        "label_anchors": f"{seen.anchors} anchors",
+        "label_grid_anchors": f"{seen.anchors} anchors",
     }
     table = Table(
         title=f"{steps} training steps in fp64 with the Triton kernels beside the reference",

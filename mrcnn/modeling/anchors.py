@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels import AnchorGrid
+
 from ..config import ModelConfig
 
 
@@ -27,30 +29,20 @@ class Anchors(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        for level, size in enumerate(config.anchor_sizes):
-            sizes = [size * scale for scale in config.anchor_scales]
-            cell = cell_anchors(sizes, config.aspect_ratios, config.round_anchors)
-            self.register_buffer(f"cell{level}", cell, persistent=False)
-        self.per_cell = len(config.anchor_scales) * len(config.aspect_ratios)
+        cells = [
+            cell_anchors([size * scale for scale in config.anchor_scales], config.aspect_ratios, config.round_anchors)
+            for size in config.anchor_sizes
+        ]
+        self.register_buffer("cells", torch.stack(cells), persistent=False)  # [L, k, 4]
+        self.per_cell = self.cells.shape[1]
 
-    def forward(self, features: Sequence[Tensor], image_size: tuple[int, int]) -> tuple[Tensor, list[int]]:
-        """Anchors of all levels and how many each has.
+    def forward(self, features: Sequence[Tensor], image_size: tuple[int, int]) -> AnchorGrid:
+        """Cells, extents and strides of all levels; no anchor is made here.
 
         Args:
             features: P2..P5 or P6, [B, C, H_l, W_l].
             image_size: (H, W) of the padded images; a level's stride is H // H_l.
-
-        Returns:
-            [A, 4] fp32 xyxy in pixels, ordered by (level, y, x, anchor of the cell), with A = sum of H_l * W_l * k, and
-            the terms of that sum.
         """
-        levels = []
-        for level, feature in enumerate(features):
-            cell = getattr(self, f"cell{level}")
-            height, width = feature.shape[-2:]
-            y = torch.arange(height, device=cell.device, dtype=torch.float32) * (image_size[0] // height)
-            x = torch.arange(width, device=cell.device, dtype=torch.float32) * (image_size[1] // width)
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            shifts = torch.stack([x, y, x, y], dim=-1)
-            levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
-        return torch.cat(levels), [len(anchors) for anchors in levels]
+        extents = [tuple(f.shape[-2:]) for f in features]
+        strides = [(image_size[0] // height, image_size[1] // width) for height, width in extents]
+        return AnchorGrid(self.cells, extents, strides)

@@ -87,12 +87,12 @@ class MaskRCNN(nn.Module):
         features = self.fpn(self.backbone(images))  # P2..P5 or P6
         logits, deltas = self.rpn(features)
         padded_size = tuple(images.shape[-2:])
-        anchors, level_sizes = self.anchors(features, padded_size)
-        proposals, valid = self.proposals(logits, deltas, anchors, level_sizes, sizes, training=targets is not None)
+        anchors = self.anchors(features, padded_size)
+        proposals, valid = self.proposals(logits, deltas, anchors, sizes, training=targets is not None)
         if targets is None:
             return self.detect(features, proposals, valid, sizes)
 
-        losses = self.rpn_loss(logits, deltas, anchors, targets, len(anchors) // self.anchors.per_cell)
+        losses = self.rpn_loss(logits, deltas, anchors, targets)
         rois = self.roi_sampler(proposals, valid, targets)
         positives = rois.positives(int(self.config.roi_samples * self.config.roi_positive_fraction))
         sizes_pooled = [self.config.box_pool_size, self.config.mask_pool_size]

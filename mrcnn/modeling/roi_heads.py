@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import box_iou, joint_multiscale_roi_align
+from kernels import joint_multiscale_roi_align, label_anchors
 
 from ..config import ModelConfig
 from ..structures import Targets
@@ -57,9 +57,12 @@ class RoISampler(nn.Module):
         config = self.config
         boxes = torch.cat([proposals, targets.boxes], dim=1)
         valid = torch.cat([valid, targets.valid], dim=1)
-        iou = torch.where(targets.valid[:, :, None], box_iou(targets.boxes, boxes), -1.0)  # [B, G, N + G]
-        best, matched = iou.max(dim=1)
-        labels = torch.where(best >= config.roi_threshold, targets.labels.gather(1, matched), 0)
+        threshold = config.roi_threshold
+        found, matched = label_anchors(
+            boxes, targets.boxes, targets.count, threshold, threshold, allow_low_quality_matches=False
+        )
+        matched = matched.long()
+        labels = torch.where(found == 1, targets.labels.gather(1, matched), 0)
         index, drawn, _ = sample(torch.where(valid, labels, -1), config.roi_samples, config.roi_positive_fraction)
         labels = torch.where(drawn, labels.gather(1, index), -1)
         return RoISample(take(boxes, index), labels, matched.gather(1, index)).repeated()

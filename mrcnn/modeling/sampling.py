@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import stable_topk
+
 
 def random_keys(like: Tensor) -> Tensor:
     """One uniform number in [0, 1) for each candidate: the only randomness in sampling."""
@@ -47,7 +49,8 @@ def sample(
     if hardness is None:
         chosen, index = priority.topk(size, dim=1)
     else:  # of equally hard ones the first, on every device; random keys are hardly ever equal
-        chosen, index = (part[:, :size] for part in priority.sort(dim=1, descending=True, stable=True))
+        index = stable_topk(priority, size)
+        chosen = priority.gather(1, index)
     drawn, positive = chosen >= 0, chosen >= 2
     if negative_ratio > 0:
         number = positive.sum(dim=1, keepdim=True)

@@ -21,7 +21,6 @@ OUTPUTS = {
     **{f"backbone.stages.{i}": (f"C{i + 2}",) for i in range(4)},
     "fpn": ("P2", "P3", "P4", "P5", "P6"),
     "rpn": ("logits", "deltas"),
-    "anchors": ("anchors",),
     "proposals": ("boxes", "valid"),
     "pooler": ("pooled", "pooled for masks"),
     "box_head": ("logits", "deltas"),
@@ -51,7 +50,7 @@ class _Watcher:
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter = counter
         self.stages: list[Stage] = []
-        self.of_anchors: list[Tensor] = []  # the anchors, and what there is one of for each of them
+        self.of_anchors: list[Any] = []  # the anchors, and what there is one of for each of them
         self.maps: list[NamedTensor] = []  # of the RPN, level by level, before they are joined
         self.before = 0
 
@@ -68,7 +67,7 @@ class _Watcher:
         """A part has returned `out`."""
         returned = _named(name, out)
         if name in ("rpn", "anchors"):
-            self.of_anchors += returned.values()
+            self.of_anchors += [out, *returned.values()]
         stage = stage_of(name, out, note=AT_MOST if name == "box_selection" else "")
         parameters = list(module.parameters())
         self.stages.append(
@@ -78,7 +77,7 @@ class _Watcher:
                 trainable=sum(p.numel() for p in parameters if p.requires_grad),
                 frozen=sum(p.numel() for p in parameters if not p.requires_grad),
                 flops=self.counter.get_total_flops() - self.before,
-                anchors=any(x is y for x in [*args, *returned.values()] for y in self.of_anchors),
+                anchors=any(x is y for x in [*args, out, *returned.values()] for y in self.of_anchors),
             )
         )
 
@@ -87,10 +86,11 @@ class _Watcher:
         if name == "rpn":
             return sorted(self.maps, key=lambda tensor: tensor.name[-2:])
         if name == "anchors":
-            return [
+            levels = [
                 NamedTensor(f"P{level}", (number, 4), f"{'x'.join(map(str, feature.shape[-2:]))}x{module.per_cell}")
-                for level, (feature, number) in enumerate(zip(args[0], out[1], strict=True), 2)
+                for level, (feature, number) in enumerate(zip(args[0], out.level_sizes, strict=True), 2)
             ]
+            return [*levels, NamedTensor("anchors", (len(out), 4), "not stored")]
         if name == "mask_loss":  # one a RoI, of the side of its logits
             rois, _, *sides = args[0].shape
             return [NamedTensor("targets", (rois, *sides))]

@@ -139,6 +139,10 @@ def test_require_overlap(device):
     assert check(anchors, gt, [2], device, require_overlap=True)[0].tolist() == [[0, 0, 1]]
     assert check(anchors, gt, [1], device, require_overlap=True)[0].tolist() == [[0, 0, 0]]
     assert check(anchors, gt, [2], device)[0].tolist() == [[1, 1, 1]]
+    # Between the anchors and of their size: it cannot be passed over for lying apart from them, nor for its size.
+    between = torch.tensor([[[50.0, 50, 60, 60]]])
+    assert check(anchors, between, [1], device, require_overlap=True)[0].tolist() == [[0, 0, 0]]
+    assert check(anchors, between, [1], device)[0].tolist() == [[1, 1, 1]]
 
 
 def test_images_without_objects(device):

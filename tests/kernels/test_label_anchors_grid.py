@@ -71,7 +71,8 @@ def test_best_ious_are_the_matrixs_maxima(device):
 
 def test_search_ends_only_where_nothing_better_can_be(device):
     # Objects that fit a coarse level's anchors by size but lie at its border, where a finer level has the better one.
-    gt = torch.tensor([[[0.0, 0, 5, 5], [0, 0, 9, 40], [26, 18, 33, 27], [-40, -40, 3, 3], [0, 0, 31, 2]]])
+    # The last one lies between four of the anchors that fit it best, and around a smaller one.
+    gt = torch.tensor([[[0.0, 0, 5, 5], [26, 18, 33, 27], [-40, -40, 3, 3], [0, 0, 31, 2], [-2.1, -2.1, 10.1, 10.1]]])
     by_grid, by_anchors, wanted = best_ious(GRID, gt, [5], device)
     assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted)
 
@@ -100,6 +101,16 @@ def test_cells_and_objects_without_area(device):
     by_grid, by_anchors, wanted = best_ious(grid, gt, [5], device)
     assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted)
     assert wanted.isinf().any()
+
+
+def test_negative_area_that_cancels_an_anchors(device):
+    # A box with its edges swapped, far from everything, whose area is minus an anchor's: 0/0 all the same.
+    gt = torch.tensor([[[100.0, 100, 112, 94], [3, 3, 9, 8]]])
+    labels, matched = check(GRID, gt, [2], device)
+    sizes = (GRID.anchors()[:, 2:] - GRID.anchors()[:, :2]).prod(1)
+    assert (labels[0][sizes == 72] == 1).all() and (matched[0][sizes == 72] == 0).all() and (labels[0] == 0).any()
+    by_grid, by_anchors, wanted = best_ious(GRID, gt, [2], device)
+    assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted)
 
 
 def test_object_that_is_not_finite_is_none(device):

@@ -31,8 +31,7 @@ def test_they_are_torchvisions(scales, image):
     features = pyramid(image, 5)
     generator = AnchorGenerator(sizes, (config.aspect_ratios,) * 5)
     expected = generator(ImageList(torch.zeros(1, 3, *image), [image]), features)[0]
-    anchors, _ = Anchors(config)(features, image)
-    assert torch.equal(anchors, expected)
+    assert torch.equal(Anchors(config)(features, image).anchors(), expected)
 
 
 @pytest.mark.parametrize(
@@ -48,9 +47,9 @@ def test_their_number_is_the_sum_over_levels(sizes, scales, ratios, per_cell, im
     # A = sum of H * W * k.
     config = dataclasses.replace(MODEL, anchor_sizes=sizes, anchor_scales=scales, aspect_ratios=ratios)
     features = pyramid(image, len(sizes))
-    anchors, level_sizes = Anchors(config)(features, image)
-    assert level_sizes == [f.shape[2] * f.shape[3] * per_cell for f in features]
-    assert len(anchors) == sum(level_sizes)
+    anchors = Anchors(config)(features, image)
+    assert anchors.level_sizes == [f.shape[2] * f.shape[3] * per_cell for f in features]
+    assert len(anchors) == len(anchors.anchors()) == sum(anchors.level_sizes)
     if image == (800, 1344) and len(sizes) == 5:
         assert len(anchors) == 268_569  # the figure that the study's workloads are made of
 

@@ -31,7 +31,10 @@ OPTIONS = {
         "rpn_class_normalizer": "positives", "mask_loss": "softmax",
     },
 }  # fmt: skip
-OPS = {"nms_mask", "label_anchors", "box_iou", "roi_align_forward"}
+OPS = {
+    *("label_grid_anchors", "rpn_loss_rows", "topk_keys", "decode_proposals", "nms_mask"),
+    *("label_anchors", "roi_align_forward"),
+}
 
 
 def few(option: str, device: torch.device | None = None) -> MaskRCNN:
@@ -117,7 +120,7 @@ def test_no_shape_depends_on_data(option):
 def test_nothing_waits_for_the_device(option, device, monkeypatch):
     # Real values: forward and backward, with everything forbidden that makes a GPU's host wait. (On a GPU PyTorch
     # itself sees some that a CPU cannot show, such as copies from pageable memory.)
-    for op in ("roi_align", "mask_bce_loss"):  # they look at indices on a CPU only, where nothing waits
+    for op in ("roi_align", "mask_bce_loss", "rpn_loss", "proposals"):  # they look at indices on a CPU only, where nothing waits
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args: None)
     batch, model = shapes_batch().to(device), few(option, device)
     with use_backend("triton"):
