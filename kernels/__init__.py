@@ -1,7 +1,7 @@
 """Detection ops as Triton kernels, each beside its plain PyTorch reference.
 
     from kernels import joint_multiscale_roi_align, multiscale_roi_align, roi_align, use_backend
-    from kernels import box_iou, label_anchors, mask_bce_loss, nms_mask
+    from kernels import box_iou, generalized_box_iou, label_anchors, mask_bce_loss, nms_mask
 
 The folder has no imports from outside but torch (triton and torchvision where they are installed) and uses
 relative imports only, so a project can copy it under another name. Every op takes
@@ -12,20 +12,26 @@ Under `torch.autocast` every op gives, on every backend, the bits and the dtype 
 | op | takes | computes in | returns |
 | --- | --- | --- | --- |
 | the three RoIAligns | features of any floating dtype | fp32 coordinates and sums | their dtype |
-| `box_iou` | boxes of any floating dtype | fp32 | fp32 |
+| `box_iou`, `generalized_box_iou` | boxes of any floating dtype | fp32 | fp32 |
 | `label_anchors`, `nms_mask` | fp32 boxes only: a half type is a TypeError | fp32 | integers; bool |
+| `nms`, `batched_nms` | boxes of any floating dtype but fp64, scores of any | fp32 | integers |
 | `mask_bce_loss` | logits of any floating dtype | fp32 | fp32 |
+| `rpn_loss` | logits and deltas of any floating dtype, fp32 boxes | fp32 | fp32 |
+| `stable_topk` | values of any floating dtype but fp64 | fp32 | integers |
+| `decode_proposals` | logits and deltas of any floating dtype but fp64, fp32 anchors | fp32 | fp32 |
 
 For fp64 inputs, where they are taken, fp64 stands for fp32.
 """
 
 from .anchors import AnchorGrid
 from .backend import BACKENDS, choose_backend, use_backend
-from .box_iou import box_iou
-from .label_anchors import label_anchors
+from .box_iou import box_iou, generalized_box_iou
+from .label_anchors import label_anchors, label_grid_anchors
 from .mask_bce_loss import mask_bce_loss
-from .nms_mask import nms_mask
+from .nms import batched_nms, nms, nms_mask
+from .proposals import decode_proposals, stable_topk
 from .roi_align import joint_multiscale_roi_align, multiscale_roi_align, roi_align
+from .rpn_loss import rpn_loss
 from .runtime import HAS_TRITON, INTERPRETED, launch_counts
 
 __all__ = [
@@ -33,14 +39,21 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "AnchorGrid",
+    "batched_nms",
     "box_iou",
     "choose_backend",
+    "decode_proposals",
+    "generalized_box_iou",
     "joint_multiscale_roi_align",
     "label_anchors",
+    "label_grid_anchors",
     "launch_counts",
     "mask_bce_loss",
     "multiscale_roi_align",
+    "nms",
     "nms_mask",
     "roi_align",
+    "rpn_loss",
+    "stable_topk",
     "use_backend",
 ]

@@ -5,7 +5,7 @@ import torch
 from forbid_sync import WaitsForDevice, forbid_sync
 
 from kernels import box_iou, use_backend
-from kernels.nms_mask import reference
+from kernels.nms import reference
 
 
 def numbers() -> torch.Tensor:

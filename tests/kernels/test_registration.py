@@ -12,20 +12,30 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from kernels import (
+    AnchorGrid,
+    batched_nms,
     box_iou,
+    decode_proposals,
+    generalized_box_iou,
     joint_multiscale_roi_align,
     label_anchors,
+    label_grid_anchors,
     mask_bce_loss,
     multiscale_roi_align,
+    nms,
     nms_mask,
     roi_align,
+    rpn_loss,
+    stable_topk,
     use_backend,
 )
 from kernels.box_iou import op as iou
 from kernels.label_anchors import op as labels
 from kernels.mask_bce_loss import op as mask
-from kernels.nms_mask import op as nms
+from kernels.nms import op as suppression
+from kernels.proposals import op as proposals
 from kernels.roi_align import library as roi
+from kernels.rpn_loss import op as loss
 from kernels.runtime import record_launches
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -53,6 +63,32 @@ def table(number: int) -> Tensor:
 
 def masks(dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(3, 2, 4, 4).to(dtype), torch.tensor([1, -1, 0]), torch.rand(3, 4, 4)
+
+
+def grid(dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+    """Logits and deltas of two images, and a grid of two levels with 12 + 2 anchors."""
+    return torch.randn(2, 14).to(dtype), torch.randn(2, 14, 4).to(dtype), boxes(2, 2), [2, 3, 1, 1], [8, 8, 16, 16]
+
+
+LEVELS_OF_GRID = ((2, 3), (1, 1)), ((8, 8), (16, 16))
+
+
+def strided(grid: tuple) -> tuple:
+    """The same, the logits one of two, the deltas with the coordinate first."""
+    logits, deltas, *rest = grid
+    return torch.stack([logits, logits], dim=2)[..., 0], deltas.transpose(1, 2).contiguous().transpose(1, 2), *rest
+
+
+def chosen(grid: tuple) -> tuple:
+    """The same, with three slots of which one is empty after logits and deltas."""
+    return *grid[:2], torch.tensor([[3, -1, 13], [0, 5, 12]]), *grid[2:]
+
+
+def slots() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Boxes of two images, each anchor's match, and five slots: an index, drawn, positive."""
+    index = torch.rand(2, 14).argsort(dim=1)[:, :5]
+    drawn = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    return boxes(2, 3), torch.randint(0, 3, (2, 14), dtype=torch.int32), index, drawn, drawn & (index % 2 == 0)
 
 
 def to(device: torch.device, value: object) -> object:
@@ -99,19 +135,35 @@ def _operators() -> list:
             roi.roi_align_backward,
             ([GRAD], table(3), 2, EXTENTS, False, *LEVELS[1:], True),
         ),
-        ("box_iou", iou._forward, (boxes(2, 3), boxes(2, 4))),
-        ("box_iou bf16", iou._forward, (boxes(2, 3, dtype=BF16), boxes(2, 4, dtype=BF16))),
-        ("box_iou_backward", iou._backward, (torch.ones(2, 3, 4), boxes(2, 3), boxes(2, 4))),
+        ("box_iou", iou._forward, (boxes(2, 3), boxes(2, 4), False)),
+        ("generalized_box_iou", iou._forward, (boxes(2, 3), boxes(2, 5), True)),
+        ("box_iou bf16", iou._forward, (boxes(2, 3, dtype=BF16), boxes(2, 4, dtype=BF16), False)),
+        ("box_iou_backward", iou._backward, (torch.ones(2, 3, 4), boxes(2, 3), boxes(2, 4), False)),
+        ("generalized_box_iou_backward", iou._backward, (torch.ones(2, 3, 4), boxes(2, 3), boxes(2, 4), True)),
         (
             "box_iou_backward of transposed boxes",
             iou._backward,
-            (torch.ones(2, 3, 4), boxes(3, 2).transpose(0, 1), boxes(2, 4)),
+            (torch.ones(2, 3, 4), boxes(3, 2).transpose(0, 1), boxes(2, 4), False),
         ),
         ("label_anchors", labels._label, (boxes(5), boxes(2, 3), COUNT.int(), 0.7, 0.3, True, False, False)),
         ("label_anchors flags", labels._label, (boxes(5), boxes(2, 3), COUNT, 0.7, 0.3, True, True, True)),
-        ("nms_mask", nms._nms, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
-        ("nms_mask strided", nms._nms, (boxes(5, 2).transpose(0, 1), (torch.rand(5, 2) < 0.8).T, 0.5)),
-        ("nms_mask reference", nms._opaque_reference, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
+        (
+            "label_anchors of each image",
+            labels._label,
+            (boxes(5, 2).transpose(0, 1), boxes(2, 3), COUNT, 0.5, 0.5, False, False, False),
+        ),
+        (
+            "label_grid_anchors",
+            labels._label_grid,
+            (boxes(2, 3), [3, 4, 2, 2], [4, 4, 8, 8], boxes(2, 3), COUNT, 0.7, 0.3, True, False, False),
+        ),
+        ("nms_mask", suppression._nms, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
+        (
+            "nms_mask strided with groups",
+            suppression._nms,
+            (boxes(5, 2).transpose(0, 1), (torch.rand(5, 2) < 0.8).T, 0.5, torch.randint(0, 2, (5, 2)).T),
+        ),
+        ("nms_mask reference", suppression._opaque_reference, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
         ("mask_bce_rows", mask._rows, (z, classes, targets)),
         (
             "mask_bce_rows fp16 channels_last",
@@ -124,6 +176,22 @@ def _operators() -> list:
             mask._rows_backward,
             (torch.ones(3), z.contiguous(memory_format=torch.channels_last), classes, targets),
         ),
+        ("rpn_loss_rows", loss._rows, (*grid(), *slots(), 1 / 9)),
+        ("rpn_loss_rows bf16", loss._rows, (*grid(BF16), *slots(), 0.0)),
+        ("rpn_loss_rows_backward", loss._rows_backward, (*torch.ones(2, 2), *grid(), *slots(), 1 / 9)),
+        (
+            "rpn_loss_rows_backward fp64 strided",
+            loss._rows_backward,
+            (*torch.ones(2, 1, dtype=FP64).expand(2, 2), *strided(grid(FP64)), *slots(), 1 / 9),
+        ),
+        ("topk_keys", proposals._keys, (torch.randn(2, 9),)),
+        ("topk_keys bf16 of a slice", proposals._keys, (torch.randn(2, 9).to(BF16)[:, 2:7],)),
+        ("decode_proposals", proposals._decode, (*chosen(grid()), torch.tensor([[20, 30], [9, 12]]), 1e-3)),
+        (
+            "decode_proposals fp16 strided",
+            proposals._decode,
+            (*chosen(strided(grid(FP16))), torch.tensor([[20, 30], [9, 12]]).int(), 0.0),
+        ),
     ]
 
 
@@ -135,7 +203,7 @@ def test_opcheck(op, arguments, device):
     # The schema tells the truth, and the fake results have the real ones' shapes, dtypes and strides: what Dynamo, AOT
     # autograd and Inductor build on. With gradients where the op has them.
     arguments = to(device, copy.deepcopy(arguments))
-    if op in (roi.roi_align_forward, iou._forward, mask._rows):
+    if op in (roi.roi_align_forward, iou._forward, mask._rows, loss._rows):
         leaves = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
         for leaf in leaves:
             leaf.requires_grad_()
@@ -149,7 +217,7 @@ def test_every_registered_op_is_checked():
 
 
 # Without the reference of NMS, which is an op for the sake of torch.compile on a CPU: it looks whether it is done.
-BODIES = [o for o in OPERATORS if o[1] is not nms._opaque_reference]
+BODIES = [o for o in OPERATORS if o[1] is not suppression._opaque_reference]
 
 
 @pytest.mark.parametrize(("op", "arguments"), [o[1:] for o in BODIES], ids=[o[0] for o in BODIES])
@@ -205,20 +273,72 @@ CALLS = {
         2,
         ("box_iou", "box_iou_backward"),
     ),
+    "generalized_box_iou": Call(
+        lambda a, b, **k: generalized_box_iou(a, b, **k),
+        (boxes(2, 3, dtype=BF16), boxes(2, 4, dtype=BF16)),
+        2,
+        ("box_iou", "box_iou_backward"),
+    ),
     "label_anchors": Call(
         lambda a, g, c, **k: label_anchors(a, g, c, low_inclusive=True, require_overlap=True, **k),
         (boxes(9), boxes(2, 3), COUNT),
         0,
         ("label_anchors",),
     ),
+    "label_anchors of each image": Call(
+        lambda a, g, c, **k: label_anchors(a, g, c, 0.5, 0.5, False, **k),
+        (boxes(2, 9), boxes(2, 3), COUNT),
+        0,
+        ("label_anchors",),
+    ),
+    "label_grid_anchors": Call(
+        lambda a, g, c, **k: label_grid_anchors(AnchorGrid(a, ((3, 4), (2, 2)), ((4, 4), (8, 8))), g, c, **k),
+        (boxes(2, 3), boxes(2, 3), COUNT),
+        0,
+        ("label_grid_anchors",),
+    ),
     "nms_mask": Call(
         lambda b, v, **k: nms_mask(b, v, 0.3, **k), (boxes(2, 6), torch.rand(2, 6) < 0.8), 0, ("nms_mask",)
+    ),
+    "nms": Call(
+        lambda b, s, **k: nms(b, s, 0.3, max_output=4, **k), (boxes(6, dtype=BF16), torch.rand(6)), 0, ("nms_mask",)
+    ),
+    "batched_nms": Call(
+        lambda b, s, i, **k: batched_nms(b, s, i, 0.3, **k),
+        (boxes(6), torch.rand(6), torch.arange(6) % 2),
+        0,
+        ("nms_mask",),
     ),
     "mask_bce_loss": Call(
         lambda z, c, t, w, **k: mask_bce_loss(z, c, t, w, **k),
         (*masks(BF16), torch.rand(3)),
         1,
         ("mask_bce_rows", "mask_bce_rows_backward"),
+    ),
+    "rpn_loss": Call(
+        lambda z, d, a, *s, **k: torch.stack(rpn_loss(z, d, a, *s, **k)),
+        (*grid(BF16)[:2], boxes(14), *slots()),
+        2,
+        ("rpn_loss_rows", "rpn_loss_rows_backward"),
+    ),
+    "rpn_loss of a grid": Call(
+        lambda z, d, c, *s, **k: torch.stack(rpn_loss(z, d, AnchorGrid(c, *LEVELS_OF_GRID), *s, 0.0, **k)),
+        (*grid()[:3], *slots()),
+        2,
+        ("rpn_loss_rows", "rpn_loss_rows_backward"),
+    ),
+    "stable_topk": Call(lambda v, **k: stable_topk(v[:, 2:], 4, **k), (torch.randn(2, 9).to(BF16),), 0, ("topk_keys",)),
+    "decode_proposals": Call(
+        lambda z, d, i, a, s, **k: decode_proposals(z, d, i, a, s, **k),
+        (*chosen(grid(BF16))[:3], boxes(14), torch.tensor([[20, 30], [9, 12]])),
+        0,
+        ("decode_proposals",),
+    ),
+    "decode_proposals of a grid": Call(
+        lambda z, d, i, c, s, **k: decode_proposals(z, d, i, AnchorGrid(c, *LEVELS_OF_GRID), s, 2.0, **k),
+        (*chosen(grid())[:4], torch.tensor([[20, 30], [9, 12]])),
+        0,
+        ("decode_proposals",),
     ),
 }
 
