@@ -91,7 +91,13 @@ def targets_from_lists(targets: Sequence[dict], max_objects: int | None = None) 
 
     Returns:
         Targets on the device of the input. An object whose mask is empty is left out.
+
+    Raises:
+        ValueError: a box is not finite. On the device such a box would be no object, without a word.
     """
+    for number, target in enumerate(targets):
+        if not target["boxes"].isfinite().all():
+            raise ValueError(f"boxes must be finite; image {target.get('image_id', number)} has NaN or inf among them")
     kept = [_keep(target, max_objects) for target in targets]
     slots = max_objects or max(1, *(len(labels) for _, labels, _, _ in kept))
     device = targets[0]["labels"].device

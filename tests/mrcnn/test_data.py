@@ -233,6 +233,17 @@ def test_pad_to_fixes_the_shape_and_refuses_what_does_not_fit():
         Collate(2)([(image / 255, target)])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_targets_from_lists_refuses_boxes_that_are_not_finite(bad):
+    # torchvision would call every anchor of such an image positive; on the device it would silently be no object.
+    target = {
+        "boxes": torch.tensor([[0.0, 0, 4, 4], [1, 1, bad, 5]]), "labels": torch.ones(2).long(),
+        "masks": torch.ones(2, 8, 8), "image_id": 17,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="boxes must be finite; image 17 has NaN or inf among them"):
+        targets_from_lists([target])
+
+
 def test_targets_from_lists_without_objects():
     """A batch of empty images still has one (empty) slot: shapes of size zero break kernels."""
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 5, 5)}

@@ -120,7 +120,12 @@ def test_no_shape_depends_on_data(option):
 def test_nothing_waits_for_the_device(option, device, monkeypatch):
     # Real values: forward and backward, with everything forbidden that makes a GPU's host wait. (On a GPU PyTorch
     # itself sees some that a CPU cannot show, such as copies from pageable memory.)
-    for op in ("roi_align", "mask_bce_loss", "rpn_loss", "proposals"):  # they look at indices on a CPU only, where nothing waits
+    for op in (
+        "roi_align",
+        "mask_bce_loss",
+        "rpn_loss",
+        "proposals",
+    ):  # they look at indices on a CPU only, where nothing waits
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args: None)
     batch, model = shapes_batch().to(device), few(option, device)
     with use_backend("triton"):
