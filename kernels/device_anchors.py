@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def grid_anchor(cells_ptr, index, per_cell, heights, widths, strides_y, strides_x):  # noqa: ANN001, ANN201
+def grid_anchor(cells_ptr, index, per_cell, heights, widths, strides_y, strides_x):
     """x1, y1, x2, y2 (fp32) of the anchors numbered `index`, each in 0..A-1, of the grid that `kernel_arguments` gives.
 
     Bit-equal to `AnchorGrid.anchors()`: cell times stride is a whole number that fp32 holds, and is added once. Four
