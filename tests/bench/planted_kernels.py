@@ -47,8 +47,8 @@ def fast_division() -> None:
 
 def contraction() -> None:
     boxes, iou = torch.empty(1, 64, 4), torch.empty(1, 64, 64)
-    meta = {"BLOCK_N": 16, "BLOCK_M": 64, "enable_fp_fusion": True}
-    launch(box_iou_kernel, (4,), boxes, boxes, iou, 64, 64, **meta, device=CPU)
+    meta = {"BLOCK_N": 32, "BLOCK_M": 16, "NARROW": 4, "VECTOR": 4, "BATCHED": False, "GENERALIZED": False}
+    launch(box_iou_kernel, (1, 1), boxes, boxes, iou, 64, 64, 4, **meta, enable_fp_fusion=True, device=CPU)
 
 
 PLANTED = [Call(f"planted {f.__name__}", f) for f in (spill, cas, fast_division, contraction)]
