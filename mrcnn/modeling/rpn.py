@@ -37,23 +37,19 @@ class RPNHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """P2..P5 or P6 -> logits [B, A] and deltas [B, A, 4] in the order of `Anchors`; fp16, bf16 or fp32.
+        """P2..P5 or P6 -> logits [B, A] and deltas [B, A, 4] in the order of `Anchors`, as the convolutions give them.
 
-        Where an anchor has two logits (background, object), the one returned is their difference, in fp32: its sigmoid
-        is their softmax, and binary cross-entropy on it is cross-entropy on the two.
+        Where an anchor has two logits (background, object), the one returned is their difference, of half types in
+        fp32: its sigmoid is their softmax, and binary cross-entropy on it is cross-entropy on the two.
         """
         hidden = [self.convs(f) for f in features]
-        logits = _narrow(torch.cat([_by_anchor(self.objectness(h), self.logits_per_anchor) for h in hidden], dim=1))
-        deltas = _narrow(torch.cat([_by_anchor(self.deltas(h), 4) for h in hidden], dim=1))
+        logits = torch.cat([_by_anchor(self.objectness(h), self.logits_per_anchor) for h in hidden], dim=1)
+        deltas = torch.cat([_by_anchor(self.deltas(h), 4) for h in hidden], dim=1)
         if self.logits_per_anchor == 1:
             return logits[..., 0], deltas
-        logits, deltas = logits.float(), deltas.float()
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logits, deltas = logits.to(wide), deltas.to(wide)
         return logits[..., 1] - logits[..., 0], deltas
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """fp64 as fp32, in which boxes are computed; half types are widened by whoever reads them."""
-    return x.float() if x.dtype == torch.float64 else x
 
 
 def _by_anchor(x: Tensor, values: int) -> Tensor:
@@ -144,6 +140,8 @@ class Proposals(nn.Module):
             as many candidates.
         """
         mode = 0 if training else 1
+        if logits.dtype == torch.float64:  # boxes are fp32; half types are widened where they are read
+            logits, deltas = logits.float(), deltas.float()
         index = best_of_levels(logits, anchors.level_sizes, self.config.pre_nms_top_n[mode])  # [B, L, n]
         boxes, scores = decode_proposals(logits, deltas, index.flatten(1), anchors, sizes, MIN_SIZE)
         of_level = boxes.view(-1, index.shape[2], 4), (scores >= 0).view(-1, index.shape[2])
