@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels import AnchorGrid
+
 SMALLEST, LARGEST = 16.0, 640.0  # pixels, square root of the area
 
 
@@ -112,16 +114,13 @@ def without_shared_edges(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.where(shared[:, None], boxes + 0.0371, boxes)
 
 
-def grid_anchors(image_size: tuple[int, int], strides: Sequence[int] = (4, 8, 16, 32, 64)) -> Tensor:
-    """[A, 4] xyxy anchors, one size (8 strides) and three ratios a cell, rounded as torchvision does."""
-    levels = []
-    for stride in strides:
-        ratio = torch.tensor([0.5, 1.0, 2.0]).sqrt()
-        half = torch.stack([8 * stride / ratio, 8 * stride * ratio], dim=1) / 2
-        base = torch.cat([-half, half], dim=1).round()
-        rows = torch.arange(math.ceil(image_size[0] / stride)) * stride
-        cols = torch.arange(math.ceil(image_size[1] / stride)) * stride
-        y, x = torch.meshgrid(rows, cols, indexing="ij")
-        shift = torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4)
-        levels.append((shift + base).reshape(-1, 4))
-    return torch.cat(levels).float()
+ANCHOR_STRIDES = (4, 8, 16, 32, 64)
+
+
+def anchor_grid(image_size: tuple[int, int], strides: Sequence[int] = ANCHOR_STRIDES) -> AnchorGrid:
+    """The anchors of an image: one size (8 strides) and three ratios a cell, rounded as torchvision does."""
+    ratio = torch.tensor([0.5, 1.0, 2.0]).sqrt()
+    halves = [torch.stack([8 * stride / ratio, 8 * stride * ratio], dim=1) / 2 for stride in strides]
+    cells = torch.stack([torch.cat([-half, half], dim=1).round() for half in halves])
+    extents = tuple((math.ceil(image_size[0] / stride), math.ceil(image_size[1] / stride)) for stride in strides)
+    return AnchorGrid(cells, extents, tuple((stride, stride) for stride in strides))

@@ -46,7 +46,7 @@ Only = Annotated[
     list[str] | None,
     typer.Option(
         help="Only calls whose name or suite holds all these words, e.g. 'train bf16'; may be repeated. "
-        "roi_align stands for all RoI ops."
+        "roi_align stands for all RoI ops, rpn for those of the region proposal network."
     ),
 ]
 
@@ -174,7 +174,7 @@ def ncu(
     _need_gpu("Nsight Compute reads a GPU's counters")
     console = Console(highlight=False, soft_wrap=True)
     try:
-        chosen = select("cuda", only or ["train bf16", "train label_anchors", "train box_iou"])
+        chosen = select("cuda", only or ["train bf16", "train label_grid_anchors", "train nms_mask", "train box_iou"])
         count_calls(chosen, out / "ncu.json", parse_budget(budget), console.print)
     except StudyError as error:
         _fail(str(error))
@@ -208,9 +208,9 @@ def overhead(
 
 @app.command()
 def predict() -> None:
-    """Predict from counts, without a GPU, what RoIAlign's kernels take in training; nothing is measured.
+    """Predict from counts, without a GPU, what the kernels take in training; nothing is measured.
 
-    They are compiled and their machine code is counted: half a minute.
+    Those of RoIAlign and of the region proposal network are compiled and their machine code is counted: a minute.
     """
     from rich.console import Console
 
@@ -221,7 +221,7 @@ def predict() -> None:
     except model.PredictionError as error:
         _fail(str(error))
     console = Console(highlight=False)
-    console.width = max(console.width, 112)  # a pipe's 80 would cut figures off
+    console.width = max(console.width, 124)  # a pipe's 80 would cut figures off
     console.print(table)
 
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import rpn_floors
 from .inputs import Inputs
 from .roi_floors import roi_work
 from .workloads import ROI_OPS
@@ -65,8 +66,10 @@ def floor(op: str, direction: str, inputs: Inputs, dtype: torch.dtype) -> Floor:
 
     Tensors may be on any device. Features and logits are only asked for their shapes, never read.
     """
-    name = "roi_align" if op in ROI_OPS else op
-    return FLOORS[name](direction == "backward", dtype, *inputs.args)
+    name, backward = "roi_align" if op in ROI_OPS else op, direction == "backward"
+    if name in rpn_floors.WORK:
+        return Floor(*rpn_floors.WORK[name](backward, dtype, *inputs.args))
+    return FLOORS[name](backward, dtype, *inputs.args)
 
 
 def roof(floor: Floor, ceilings: Ceilings, cold: bool) -> tuple[float, str]:
@@ -119,17 +122,6 @@ def _box_iou(backward: bool, dtype: torch.dtype, boxes1: Tensor, boxes2: Tensor)
     return Floor(boxes + matrix, pairs * IOU // LANES)
 
 
-def _label_anchors(backward: bool, dtype: torch.dtype, anchors: Tensor, gt_boxes: Tensor, gt_count: Tensor) -> Floor:
-    """Anchors, the objects there are, and their number in; an int8 label and an int32 index an anchor and image out."""
-    counts = gt_count.clamp(0, gt_boxes.shape[1]).tolist()
-    objects = [boxes[:count] for boxes, count in zip(gt_boxes, counts, strict=True)]
-    read = _bytes(gt_count, *objects) + (_bytes(anchors) if sum(counts) else 0)
-    written = len(gt_boxes) * len(anchors) * (1 + 4)
-    # No instruction counts: bounds on size and position rule out nearly every pair, and the few that reach a
-    # threshold take far less time than the bytes.
-    return Floor(read + written, 0)
-
-
 def _mask_bce_loss(backward: bool, dtype: torch.dtype, logits: Tensor, labels: Tensor, targets: Tensor) -> Floor:
     """Labels, and class channel and target of each slot that holds a RoI, in; the loss or all logits' gradient out."""
     pixels = int((labels >= 0).sum()) * logits.shape[2] * logits.shape[3]
@@ -143,7 +135,6 @@ def _mask_bce_loss(backward: bool, dtype: torch.dtype, logits: Tensor, labels: T
 FLOORS: dict[str, Callable[..., Floor]] = {
     "roi_align": _roi_align,
     "box_iou": _box_iou,
-    "label_anchors": _label_anchors,
     "mask_bce_loss": _mask_bce_loss,
 }
 

@@ -1,16 +1,16 @@
 """No time without a correct result: a provider's output against the PyTorch reference in float64.
 
-Anchor labels are the exception: their rules (thresholds, ties) are defined on float32 IoUs, so is their reference.
-The reference is slow and hungry, so RoI ops and anchor labelling are checked on two images of the batch (complete
-for these: every RoI, every gradient cell): the first and the last before the clock starts, two others drawn at random
-after it has stopped. The other ops are checked whole.
+Where an op decides (labels, what NMS keeps, the order of the best) its rules are defined on float32 numbers, thresholds
+and ties included: so is the reference there, and the share of decisions that differ is the error. Decoded boxes are
+float32 by contract. The reference is slow and hungry, so RoI ops, and those of `parts.BATCHED`, are checked on two
+images of the batch (complete for these: every RoI, every gradient cell; of NMS two groups): the first and the last
+before the clock starts, two others drawn at random after it has stopped. The other ops are checked whole.
 """
 
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,13 @@ from torch import Tensor
 
 import kernels
 
+from .parts import listed, part_of
 from .workloads import ROI_OPS, Inputs
+
+LABEL_OPS = ("label_anchors", "label_grid_anchors")
+DECISIONS = (*LABEL_OPS, "nms_mask", "stable_topk")
+AS_GIVEN = (*DECISIONS, "decode_proposals")  # their reference computes in fp32, and takes nothing wider
+FP32_OUTPUTS = ("rpn_loss", "decode_proposals")  # whatever the inputs: rounding these is all that half types may cost
 
 # Largest deviation over the largest reference value. float32: torchvision's own CUDA kernels deviate by up to
 # 9e-5 on RoI coordinates around 1344. Half precisions: rounding of the output (2^-9 in bf16), and backward the
@@ -32,9 +38,10 @@ NORM_TOLERANCES = {
     "forward": {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 5e-3},
     "backward": {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2},  # the reference adds in bf16
 }
-# Share of the anchors that are no background which are labelled differently. The rules are exact; a compiler that
-# fuses operations moves an IoU across a threshold or a tie.
-LABEL_TOLERANCE, FUSED_LABEL_TOLERANCE = 0.0, 1e-3
+# Share of decisions that differ, of the anchors that are no background, or of the boxes that are kept. The rules are
+# exact; whoever rounds otherwise (see `providers.may_decide_otherwise`) moves an IoU across a threshold or a tie.
+DECISION_TOLERANCE = 0.0
+ROUNDED_TOLERANCES = {"label_anchors": 1e-3, "label_grid_anchors": 1e-3, "nms_mask": 1e-2, "stable_topk": 0.0}
 ROIS_AT_ONCE = 128
 
 
@@ -62,20 +69,6 @@ class Check:
         return self
 
 
-@dataclass(frozen=True)
-class Part:
-    """The share of a call that is checked: its inputs, and how to find it in whole outputs and gradients."""
-
-    inputs: Inputs
-    of_outputs: Callable[[Sequence[Tensor]], list[Tensor]] = list
-    of_grads: Callable[[Sequence[Tensor]], list[Tensor]] = list
-
-
-def listed(output: object) -> list[Tensor]:
-    """The tensors of an op's result, which may be one or several."""
-    return [output] if isinstance(output, Tensor) else list(output)
-
-
 class Truth:
     """The right answer for one draw of inputs, computed once and compared with every provider.
 
@@ -85,18 +78,18 @@ class Truth:
 
     def __init__(self, op: str, inputs: Inputs, images: Sequence[int] | None = None) -> None:
         self.op = op
-        self.part = _part(op, inputs, images)
-        self.exact = self.part.inputs if op == "label_anchors" else self.part.inputs.map(_double)
+        self.part = part_of(op, inputs, images)
+        self.exact = _exact(op, self.part.inputs)
         self._incoming: list[Tensor] | None = None
         self._expected: list[Tensor] = []
 
-    def check_forward(self, output: object, dtype: torch.dtype, fused: bool = False) -> Check:
-        """Compare an output of a provider that ran in `dtype`; `fused` where a compiler may have fused operations."""
+    def check_forward(self, output: object, dtype: torch.dtype, rounded: bool = False) -> Check:
+        """Compare an output of a provider that ran in `dtype`; `rounded` where it may decide otherwise by rounding."""
         found = self.part.of_outputs(listed(output))
-        if self.op == "label_anchors":
-            error = _label_error(*found, *self._forward)
-            return Check(error, FUSED_LABEL_TOLERANCE if fused else LABEL_TOLERANCE)
-        return _check("forward", found, self._forward, dtype)
+        if self.op in DECISIONS:
+            error = _decision_error(self.op, found, self._forward)
+            return Check(error, ROUNDED_TOLERANCES[self.op] if rounded else DECISION_TOLERANCE)
+        return _check("forward", found, self._forward, torch.float32 if self.op in FP32_OUTPUTS else dtype)
 
     def check_backward(self, grads: Sequence[Tensor], grad_outputs: Sequence[Tensor], dtype: torch.dtype) -> Check:
         """Compare the gradients of all leaves under the same incoming gradients, one an output."""
@@ -114,10 +107,12 @@ class Truth:
         if self._incoming is None or not all(map(torch.equal, incoming, self._incoming)):
             leaves = [leaf.requires_grad_(True) for leaf in self.exact.leaves]
             self._expected = [torch.zeros_like(leaf) for leaf in leaves]
-            for of_set, grad in zip(self._chunks(), incoming, strict=True):
-                parts = [grad] if len(of_set) == 1 else grad.split(ROIS_AT_ONCE)
+            # Each set of RoIs has one output; other ops are one set with all their outputs.
+            of_sets = [[g] for g in incoming] if self.op in ROI_OPS else [incoming]
+            for of_set, grads in zip(self._chunks(), of_sets, strict=True):
+                parts = [grads] if len(of_set) == 1 else [[part] for part in grads[0].split(ROIS_AT_ONCE)]
                 for args, part in zip(of_set, parts, strict=True):
-                    found = torch.autograd.grad(listed(self._reference(args)), leaves, [part], allow_unused=True)
+                    found = torch.autograd.grad(listed(self._reference(args)), leaves, part, allow_unused=True)
                     for total, gradient in zip(self._expected, found, strict=True):
                         total += 0 if gradient is None else gradient
             self._incoming = incoming
@@ -138,6 +133,16 @@ class Truth:
             return [[(features, part, bins, *rest) for part in rois.split(ROIS_AT_ONCE)]]
         sets = zip(rois, bins, strict=True)
         return [[(features, [part], [n], *rest) for part in of_set.split(ROIS_AT_ONCE)] for of_set, n in sets]
+
+
+def _exact(op: str, inputs: Inputs) -> Inputs:
+    """What the truth is computed from: `inputs` in float64, as far as the op takes it."""
+    if op in AS_GIVEN:
+        return inputs
+    if op == "rpn_loss":  # whose boxes are float32
+        leaves = tuple(leaf.detach().double() for leaf in inputs.leaves)
+        return Inputs((*leaves, *inputs.args[len(leaves) :]), leaves)
+    return inputs.map(_double)
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -161,6 +166,18 @@ def _errors(output: Tensor, truth: Tensor) -> tuple[float, float]:
     return largest.item(), (deviation.norm() / truth.norm().clamp(min=1e-30)).item()
 
 
+def _decision_error(op: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Share of wrong decisions among those that matter."""
+    for output, truth in zip(found, expected, strict=True):
+        if output.shape != truth.shape:
+            raise WrongResultError(f"shape {tuple(output.shape)}, the reference gives {tuple(truth.shape)}")
+    if op in LABEL_OPS:
+        return _label_error(*found, *expected)
+    (output,), (truth,) = found, expected
+    matter = (output | truth).sum() if op == "nms_mask" else torch.tensor(truth.numel())
+    return ((output != truth).sum() / matter.clamp(min=1)).item()
+
+
 def _label_error(labels: Tensor, matches: Tensor, true_labels: Tensor, true_matches: Tensor) -> float:
     """Share of wrong ones among the anchors that either side calls anything but background."""
     # Which object a background anchor is nearest to is nobody's business: matches count where both say object.
@@ -168,45 +185,3 @@ def _label_error(labels: Tensor, matches: Tensor, true_labels: Tensor, true_matc
     wrong = (labels != true_labels) | (both & (matches != true_matches))
     matter = (labels != 0) | (true_labels != 0)
     return (wrong.sum() / matter.sum().clamp(min=1)).item()
-
-
-def random_images(count: int) -> list[int]:
-    """Two images that no provider can foresee."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(time.time_ns() % 2**31))[:2].sort()[0].tolist()
-
-
-def _part(op: str, inputs: Inputs, images: Sequence[int] | None) -> Part:
-    if op in ROI_OPS:
-        return _roi_part(inputs, images)
-    if op == "label_anchors":
-        anchors, gt_boxes, gt_count = inputs.args
-        images = _first_and_last(len(gt_boxes)) if images is None else list(images)
-        return Part(Inputs((anchors, gt_boxes[images], gt_count[images])), lambda outputs: [o[images] for o in outputs])
-    return Part(inputs)
-
-
-def _roi_part(inputs: Inputs, images: Sequence[int] | None) -> Part:
-    features, rois, *rest = inputs.args
-    levels, sets = listed(features), listed(rois)
-    images = _first_and_last(len(levels[0])) if images is None else list(images)
-    chosen = torch.tensor(images, device=sets[0].device)
-    rows = [torch.isin(of_set[:, 0].long(), chosen).nonzero()[:, 0] for of_set in sets]
-    parts = [level.detach()[images] for level in levels]
-    renumbered = [_renumbered(of_set[taken], chosen) for of_set, taken in zip(sets, rows, strict=True)]
-    args = [parts if isinstance(features, list) else parts[0], renumbered if isinstance(rois, list) else renumbered[0]]
-    return Part(
-        Inputs((*args, *rest), tuple(parts)),
-        lambda outputs: [o[taken] for o, taken in zip(outputs, rows, strict=True)],
-        lambda grads: [g[images] for g in grads],
-    )
-
-
-def _renumbered(rois: Tensor, images: Tensor) -> Tensor:
-    """A copy whose images are numbered by their places among `images`."""
-    copy = rois.clone()
-    copy[:, 0] = torch.searchsorted(images, rois[:, 0].long()).to(rois.dtype)
-    return copy
-
-
-def _first_and_last(count: int) -> list[int]:
-    return [0, count - 1] if count > 1 else [0]

@@ -1,4 +1,7 @@
-"""The arguments of one call, drawn at random: boxes on the CPU (the same on every machine), values on the device."""
+"""The arguments of one call, drawn at random: boxes on the CPU (the same on every machine), values on the device.
+
+Here are those of RoIAlign, of the mask loss and of box_iou; `rpn_inputs` has the others of a region proposal network.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .boxes import DISTRIBUTIONS, grid_anchors, of_one_size, random_objects, without_shared_edges
+from kernels import AnchorGrid
+
+from .boxes import DISTRIBUTIONS, of_one_size, random_objects, without_shared_edges
 
 PYRAMID_STRIDES = (4, 8, 16, 32)
 MASK_SIZE = 14  # bins of the RoIs of a mask head
@@ -34,6 +39,8 @@ class Sizes:
     masks: int = 0  # positives of the whole batch
     classes: int = 81
     mask_size: int = 28
+    slots: int = 256  # anchors an image that the RPN's loss is computed on
+    levels: int = 5  # of the RPN: each brings forward `rois` boxes an image, or as many as it has anchors
 
 
 @dataclass
@@ -46,12 +53,18 @@ class Inputs:
     def tensors(self) -> list[Tensor]:
         """Every tensor argument, those in lists too."""
         flat = [t for a in self.args for t in (a if isinstance(a, (list, tuple)) else [a])]
+        flat = [t.cells if isinstance(t, AnchorGrid) else t for t in flat]
         return [t for t in flat if isinstance(t, Tensor)]
 
     def numbers(self) -> list[int | float]:
-        """Every number among the arguments, then the whole ones in lists: how many bins each set of RoIs gets."""
+        """Every number among the arguments, then the whole ones in lists: how many bins each set of RoIs gets.
+
+        Last come a grid's extents and strides.
+        """
         listed = [n for a in self.args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
-        return [a for a in self.args if isinstance(a, (int, float))] + listed
+        grids = [a for a in self.args if isinstance(a, AnchorGrid)]
+        pairs = [pair for grid in grids for pair in (*grid.extents, *grid.strides)]
+        return [a for a in self.args if isinstance(a, (int, float))] + listed + [n for pair in pairs for n in pair]
 
     def shapes(self) -> str:
         """The shape of every tensor argument, for the record."""
@@ -107,12 +120,14 @@ class Draw:
         """The first draw's boxes and counts on the CPU; values are shapes without memory behind them."""
         return cls(torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed), None, "cpu")
 
-    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, memory_format: str = "nchw") -> Tensor:
-        """Standard normal values, rounded to `dtype`."""
+    def normal(
+        self, shape: tuple[int, ...], dtype: torch.dtype, memory_format: str = "nchw", deviation: float = 1.0
+    ) -> Tensor:
+        """Normal values, rounded to `dtype`."""
         if self.values is None:
             return torch.empty(shape, dtype=dtype, device="meta")
         # Drawn in float32 first: every dtype then sees the same numbers, up to its own rounding.
-        x = torch.randn(shape, generator=self.values, device=self.device).to(dtype)
+        x = torch.randn(shape, generator=self.values, device=self.device).mul_(deviation).to(dtype)
         return x.contiguous(memory_format=torch.channels_last) if memory_format == "channels_last" else x
 
 
@@ -178,18 +193,6 @@ def _box_iou(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Input
     return Inputs((boxes1, boxes2), leaves=(boxes1, boxes2))
 
 
-def _label_anchors(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    anchors = grid_anchors(sizes.image_size)
-    capacity = 2 * sizes.objects - 1 if sizes.ragged else sizes.objects
-    gt = torch.stack([random_objects(capacity, sizes.image_size, draw.boxes) for _ in range(sizes.images)])
-    count = torch.full((sizes.images,), sizes.objects)
-    if sizes.ragged:
-        spread = torch.linspace(1, capacity, sizes.images, dtype=torch.float64).round().long()
-        count = spread[torch.randperm(sizes.images, generator=draw.layout)]
-    gt[torch.arange(capacity) >= count[:, None]] = 0
-    return Inputs((anchors.to(draw.device, dtype), gt.to(draw.device, dtype), count.int().to(draw.device)))
-
-
 def _mask_bce_loss(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
     side = sizes.mask_size
     logits = draw.normal((sizes.masks, sizes.classes, side, side), dtype, layout)
@@ -203,6 +206,5 @@ BUILDERS: dict[str, Callable[[Sizes, Draw, torch.dtype, str], Inputs]] = {
     "multiscale_roi_align": _multiscale_roi_align,
     "joint_multiscale_roi_align": _joint_multiscale_roi_align,
     "box_iou": _box_iou,
-    "label_anchors": _label_anchors,
     "mask_bce_loss": _mask_bce_loss,
 }

@@ -1,12 +1,13 @@
 """One call, all its providers: check, time in interleaved rounds, change the inputs, check again. One row a variant.
 
-A row is a plain dict, the same in pytest-benchmark's `extra_info`, in a study's file and in the report:
+A row is a plain dict, the same in pytest-benchmark's `extra_info`, in a study's file and in the report. Only one whose
+status is "ok" has times:
 
 | key | value |
 | --- | --- |
 | op, direction, workload, suite, dtype | the call |
 | provider, layout, measured_dtype, device | the variant, and where it ran |
-| status, reason | "ok"; "red": a wrong result; "skipped": cannot run here; "failed": an error. Only "ok" has times |
+| status, reason | "ok"; "red": a wrong result; "skipped": cannot run here; "failed": an error, or too little memory |
 | times | {name: [seconds, a sample a round]}; see `timing` |
 | first_call | seconds; compiles what no earlier row of the process has compiled |
 | noise | of the call: {name: how far the same variant, measured a second time, was from itself} |
@@ -30,9 +31,11 @@ import torch
 from torch import Tensor
 
 from .floors import floor
-from .gate import Check, Truth, WrongResultError, listed, random_images
+from .gate import Check, Truth, WrongResultError
 from .inputs import Inputs, overwrite
-from .providers import BASELINES, Variant, get_provider, is_ours, variants, why_not_here
+from .memory import OutOfMemoryError, give_back_memory, is_out_of_memory, out_of_memory_text, ran_out
+from .parts import count_images, listed, random_images
+from .providers import BASELINES, Variant, get_provider, is_ours, may_decide_otherwise, variants, why_not_here
 from .repeats import repeats_bit_for_bit
 from .sources import model_hash, source_hash
 from .timing import METHOD, Clock, left_running, make_clock, time_calls
@@ -64,9 +67,10 @@ class Draws:
         """For the inputs in `dtype`: rounding them is not the provider's fault."""
         if dtype not in self._truths:
             inputs = next(i for (d, _), i in self._inputs.items() if d == dtype)
-            count = self.call.workload.sizes.images
+            op = self.call.workload.op
+            count = count_images(op, inputs)
             images = random_images(count) if self._fresh and count else None
-            self._truths[dtype] = Truth(self.call.workload.op, inputs, images)
+            self._truths[dtype] = Truth(op, inputs, images)
         return self._truths[dtype]
 
     def grad_outputs(self, outputs: list[Tensor]) -> list[Tensor]:
@@ -101,24 +105,37 @@ class Contestant:
         self.first_call = time.perf_counter() - start
 
     def __call__(self) -> object:
-        """What is timed: the forward pass, or the backward pass over a forward pass that is kept."""
-        if self.backward:
-            with self.provider.mode():
-                return torch.autograd.grad(self.outputs, self.adapted.leaves, self.grad_outputs, retain_graph=True)
-        with torch.no_grad():
-            return self.provider(self.adapted)
+        """What is timed: the forward pass, or the backward pass over a forward pass that is kept.
+
+        Raises:
+            OutOfMemoryError: it needs more memory than there is. Where many are timed together, it says who did.
+        """
+        try:
+            if self.backward:
+                with self.provider.mode():
+                    return torch.autograd.grad(self.outputs, self.adapted.leaves, self.grad_outputs, retain_graph=True)
+            with torch.no_grad():
+                return self.provider(self.adapted)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise OutOfMemoryError(self, error) from None
+            raise
 
     def check(self) -> Check:
         """Run, and compare with the truth; raises `WrongResultError`."""
         truth, dtype = self.draws.truth(self.variant.dtype), self.variant.dtype
         if self.backward:
             return truth.check_backward(self(), self.grad_outputs, dtype).require()
-        # torch.compile may fuse what the others compute one by one, and an IoU may then cross a threshold.
-        return truth.check_forward(self(), dtype, fused=self.variant.provider == "torch.compile").require()
+        return truth.check_forward(self(), dtype, may_decide_otherwise(self.variant.provider, self.op)).require()
 
     def refresh(self) -> None:
-        """Follow `Draws.refresh`: the gradient's new values go into the tensor that the timed call reads."""
-        if self.backward:
+        """Follow `Draws.refresh`: the gradient's new values go into the tensor that the timed call reads.
+
+        The new inputs are brought into the provider's form once more.
+        """
+        if not self.backward:
+            self.adapted = self.provider.adapt(self.inputs)
+        else:
             for tensor, values in zip(self.grad_outputs, self.draws.grad_outputs(self.outputs), strict=True):
                 overwrite(tensor, values)
 
@@ -157,8 +174,9 @@ def measure_call(
         contestant = _prepare(row, variant, draws, clock)
         if contestant is not None:
             ready.append((row, contestant))
-    if seconds and (ready := _still_ready(ready, clock)):
-        _time(ready, clock, seconds)
+        elif ran_out(row):
+            give_back_memory()
+    if seconds and (ready := _timed(_still_ready(ready, clock), clock, seconds)):
         _check_again(ready, draws)
         _repeat(ready, device)
     return rows
@@ -223,15 +241,31 @@ def _prepare(row: dict, variant: Variant, draws: Draws, clock: Clock) -> Contest
 
 
 def _failure(error: Exception, provider: str) -> dict:
-    """Status and reason. A baseline may be unable to run: out of memory, or nothing to compile with."""
+    """Status and reason. A baseline may be unable to run, for want of something to compile with."""
     from torch._dynamo.exc import TorchDynamoException
 
     text = f"{type(error).__name__}: {error}".strip().split("\n")[0][:300]
     if isinstance(error, WrongResultError):
         return {"status": "red", "reason": str(error)}
-    if not is_ours(provider) and isinstance(error, (torch.OutOfMemoryError, TorchDynamoException)):
+    if is_out_of_memory(error):
+        return {"status": "failed", "reason": out_of_memory_text(error)}
+    if not is_ours(provider) and isinstance(error, TorchDynamoException):
         return {"status": "skipped", "reason": f"cannot run this: {text}"}
     return {"status": "failed", "reason": text}
+
+
+def _timed(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) -> list[tuple[dict, Contestant]]:
+    """Those that were timed: one that runs out of memory on the way fails alone, and the others begin again."""
+    while ready:
+        try:
+            _time(ready, clock, seconds)
+            return ready
+        except OutOfMemoryError as error:
+            (failed,) = [row for row, contestant in ready if contestant is error.contestant]
+            ready = [(row, contestant) for row, contestant in ready if contestant is not error.contestant]
+            _turn(failed, **_failure(error, failed["provider"]))
+        give_back_memory()
+    return ready
 
 
 def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) -> None:
@@ -265,7 +299,7 @@ def _still_ready(ready: list[tuple[dict, Contestant]], clock: Clock) -> list[tup
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            row.update(_failure(error, contestant.variant.provider))
+            _turn(row, **_failure(error, contestant.variant.provider))
     return kept
 
 
@@ -280,6 +314,8 @@ def _check_again(ready: list[tuple[dict, Contestant]], draws: Draws) -> None:
             raise
         except WrongResultError as error:
             _turn_red(row, f"after timing, with other inputs: {error}")
+        except OutOfMemoryError as error:
+            _turn(row, **_failure(error, row["provider"]))
         except Exception as error:  # of this row: the others' times still hold
             _turn_red(row, f"after timing, with other inputs: {type(error).__name__}: {error}".split("\n")[0][:300])
 
@@ -292,13 +328,18 @@ def _repeat(ready: list[tuple[dict, Contestant]], device: str) -> None:
         if compared and backward and row["status"] == "ok" and row["suite"] != "sweep":
             try:
                 row["bitwise"], row["runs"] = repeats_bit_for_bit(contestant, device)
-            except torch.OutOfMemoryError:  # a second set of gradients beside all the others' memory: the times hold
-                continue
+            except (OutOfMemoryError, torch.OutOfMemoryError):  # two sets of gradients beside all the others' memory
+                continue  # the times hold
 
 
 def _turn_red(row: dict, reason: str) -> None:
-    row.update(status="red", reason=reason)
-    for key in ("times", TWIN, "first_call"):
+    _turn(row, "red", reason)
+
+
+def _turn(row: dict, status: str, reason: str) -> None:
+    """Its times mean nothing any more."""
+    row.update(status=status, reason=reason)
+    for key in ("times", TWIN, "noise", "first_call"):
         row.pop(key, None)
 
 

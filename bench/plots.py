@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import matplotlib as mpl
@@ -35,8 +35,9 @@ SIZES = {
     "roi_size": "side of every RoI, pixels",
     "channels": "channels",
     "image_size": "image size, pixels",
-    "objects": "objects an image",
+    "objects": "objects an image, on average",
     "masks": "positive masks",
+    "nms_mask rois": "boxes a group",
 }
 INK = "#123456"  # stands for the page's text colour: in the SVG it becomes `currentColor`
 INK_ON_WHITE = "#1c1e21"
@@ -68,17 +69,17 @@ def make_plots(table: pd.DataFrame) -> list[Plot]:
     plots = []
     if not triton.empty:
         title = "Triton's speed-up over the best baseline, train suite"
-        plots.append(_render("speedup", title, lambda ink: _speedup_figure(triton, ink)))
+        plots.append(render("speedup", title, lambda ink: _speedup_figure(triton, ink)))
     for (op, direction), rows in timed.groupby(["op", "direction"], sort=False):
         single = rows[rows["suite"] != "sweep"]
         if not single.empty:
             title = f"{op}, {direction}: {rows['time'].iloc[0]}"
-            plots.append(_render(f"{op}-{direction}", title, lambda ink, rows=single: _time_figure(rows, ink)))
+            plots.append(render(f"{op}-{direction}", title, lambda ink, rows=single: _time_figure(rows, ink)))
         curves = scaling_curves(op, rows)
         if curves:
             title = f"{op}, {direction}: scaling of {rows['time'].iloc[0]}"
             draw = lambda ink, curves=curves: _scaling_figure(curves, ink)
-            plots.append(_render(f"{op}-{direction}-scaling", title, draw))
+            plots.append(render(f"{op}-{direction}-scaling", title, draw))
     return plots
 
 
@@ -120,7 +121,8 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _render(name: str, title: str, draw: Callable[[str], Figure]) -> Plot:
+def render(name: str, title: str, draw: Callable[[str], Figure]) -> Plot:
+    """A figure that `draw` makes in a colour of ink."""
     with mpl.rc_context(STYLE):
         svg = io.StringIO()
         draw(INK).savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -136,7 +138,7 @@ def _inline(svg: str, title: str) -> str:
     return svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _figure(height: float, ink: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(height: float, ink: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """Panels one above the other, `height` inches in all, with a log scale from left to right."""
     figure = Figure(figsize=(4.8, height), dpi=160, layout="constrained")
     axes = list(figure.subplots(panels, squeeze=False)[:, 0])
@@ -159,7 +161,7 @@ def _name_lines(axes: Axes, names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-def _few_ticks(axis: mpl.axis.Axis, low: float, high: float, text: Callable[[float], str]) -> None:
+def few_ticks(axis: mpl.axis.Axis, low: float, high: float, text: Callable[[float], str]) -> None:
     """At 1, 2, 5 times powers of ten, or at the powers only where the range is wide."""
     steps = (1, 2, 5) if high / low < 60 else (1,)
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
@@ -174,7 +176,8 @@ def _short_seconds(seconds: float) -> str:
     return format_seconds(seconds).replace(".00", "").replace(".0", "")
 
 
-def _legend(figure: Figure, rows: pd.DataFrame, ink: str, line: str) -> None:
+def legend(figure: Figure, rows: pd.DataFrame, ink: str, line: str, extra: Sequence[Line2D] = ()) -> None:
+    """The providers of `rows`, what else is drawn, and `extra`."""
     entries = [
         Line2D([], [], color=color, marker=marker, linestyle=line, markersize=5, label=provider)
         for provider, (color, marker) in MARKS.items()
@@ -185,6 +188,7 @@ def _legend(figure: Figure, rows: pd.DataFrame, ink: str, line: str) -> None:
         entries.append(Line2D([], [], color=ink, label="hollow: stale", **hollow))
     if rows["roof"].notna().any():
         entries.append(Line2D([], [], color=ink, linestyle=":", label="roof: a bound, no time"))
+    entries += extra
     options = {"labelcolor": ink, "frameon": False, "columnspacing": 1.0, "handletextpad": 0.4, "borderpad": 0}
     figure.legend(handles=entries, loc="outside upper left", ncols=4 if len(entries) < 5 else 2, **options)
 
@@ -194,7 +198,8 @@ def _quickest(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[rows.groupby(["workload", "dtype", "provider"], sort=False)["median"].idxmin()]
 
 
-def _point(row: pd.Series) -> dict:
+def point_style(row: pd.Series) -> dict:
+    """How a provider's row is drawn; hollow where it is stale."""
     color, marker = MARKS[row.provider]
     filled = "none" if pd.notna(row.stale) else color
     return {"color": color, "marker": marker, "markerfacecolor": filled, "markersize": 5.5, "linewidth": 1.2}
@@ -203,26 +208,26 @@ def _point(row: pd.Series) -> dict:
 def _time_figure(rows: pd.DataFrame, ink: str) -> Figure:
     """One line a workload and dtype, one mark a provider, from the 25 % to the 75 % quantile; the roof as dots."""
     calls = list(_quickest(rows).groupby(["workload", "dtype"], sort=False))
-    figure, (axes,) = _figure(0.85 + 0.26 * len(calls), ink)
+    figure, (axes,) = new_figure(0.85 + 0.26 * len(calls), ink)
     for place, (_, providers) in enumerate(calls):
         for row in providers.itertuples():
-            axes.plot([row.q25, row.q75], [place, place], color=_point(row)["color"], linewidth=1.2)
-            axes.plot(row.median, place, **_point(row))
+            axes.plot([row.q25, row.q75], [place, place], color=point_style(row)["color"], linewidth=1.2)
+            axes.plot(row.median, place, **point_style(row))
         if providers["roof"].notna().any():  # of the quickest: bytes depend on the dtype
             roof = providers["roof"].min()
             axes.plot([roof, roof], [place - 0.4, place + 0.4], color=ink, linestyle=":", linewidth=1.6)
     _name_lines(axes, [f"{workload} {dtype}" for (workload, dtype), _ in calls])
     low, high = rows[["q25", "roof"]].min().min(), rows["q75"].max()
     axes.set_xlim(low / 1.5, high * 1.5)
-    _few_ticks(axes.xaxis, low, high, _short_seconds)
-    _legend(figure, rows, ink, "none")
+    few_ticks(axes.xaxis, low, high, _short_seconds)
+    legend(figure, rows, ink, "none")
     return figure
 
 
 def _speedup_figure(triton: pd.DataFrame, ink: str) -> Figure:
     """Best baseline over Triton, with its interval: right of the line at 1 Triton is faster, left of it slower."""
     names = [f"{r.op}\n{r.workload} {r.dtype}, {r.direction}" for r in triton.itertuples()]
-    figure, (axes,) = _figure(0.6 + 0.36 * len(triton), ink)
+    figure, (axes,) = new_figure(0.6 + 0.36 * len(triton), ink)
     color = MARKS["triton"][0]
     for place, row in enumerate(triton.itertuples()):
         stale = pd.notna(row.stale)
@@ -235,27 +240,27 @@ def _speedup_figure(triton: pd.DataFrame, ink: str) -> Figure:
     axes.axvline(1, color=ink, linewidth=1)
     low, high = min(0.5, triton["low"].min() / 1.2), max(2, triton["high"].max() * 2)
     axes.set(xlim=(low, high), xlabel="times as fast as the best baseline")
-    _few_ticks(axes.xaxis, low, high, "{:g}".format)
+    few_ticks(axes.xaxis, low, high, "{:g}".format)
     _name_lines(axes, names)
     return figure
 
 
 def _scaling_figure(curves: dict[str, pd.DataFrame], ink: str) -> Figure:
     """One panel a swept size, one line a provider."""
-    figure, panels = _figure(0.5 + 2.3 * len(curves), ink, len(curves))
+    figure, panels = new_figure(0.5 + 2.3 * len(curves), ink, len(curves))
     for axes, (name, points) in zip(panels, curves.items(), strict=True):
         points = _quickest(points).sort_values("size")
         axes.set_yscale("log")
         for _, line in points.groupby("provider", sort=False):
-            axes.plot(line["size"], line["median"], color=_point(line.iloc[0])["color"], linewidth=1.2)
+            axes.plot(line["size"], line["median"], color=point_style(line.iloc[0])["color"], linewidth=1.2)
             for row in line.itertuples():
-                axes.plot(row.size, row.median, **_point(row))
+                axes.plot(row.size, row.median, **point_style(row))
         roofs = points.groupby("size")["roof"].min().dropna()
         axes.plot(roofs.index, roofs, color=ink, linestyle=":", linewidth=1.4)
         ticks = points.drop_duplicates("size")
         axes.set_xticks(ticks["size"], ticks["label"])
         axes.minorticks_off()
-        axes.set_xlabel(SIZES.get(name, name))
-        _few_ticks(axes.yaxis, points[["median", "roof"]].min().min(), points["median"].max(), _short_seconds)
-    _legend(figure, pd.concat(curves.values()), ink, "-")
+        axes.set_xlabel(SIZES.get(f"{points['op'].iloc[0]} {name}", SIZES[name]))
+        few_ticks(axes.yaxis, points[["median", "roof"]].min().min(), points["median"].max(), _short_seconds)
+    legend(figure, pd.concat(curves.values()), ink, "-")
     return figure

@@ -1,7 +1,7 @@
 """Who computes an op: the Triton kernel and the baselines it is measured against.
 
-Each provider gets its inputs in the form it likes best (layout, dtype, lists instead of padded batches) before
-the clock starts, so that a conversion is never charged to it.
+Each provider gets its inputs in the form it likes best (layout, dtype, lists instead of padded batches, anchors in
+memory) before the clock starts, so that a conversion is never charged to it.
 
 | provider | what it is |
 | --- | --- |
@@ -31,14 +31,16 @@ from torch import Tensor
 
 import kernels
 
+from . import rpn_providers
 from .inputs import Inputs
-from .workloads import DETERMINISTIC, DTYPE_NAMES, ROI_OPS, Call
+from .workloads import DETERMINISTIC, DTYPE_NAMES, ROI_OPS, RPN_OPS, Call
 
 BASELINES = ("torchvision", "torch", "torch.compile")
 ATOMIC, APART, DETERMINISTIC_TORCHVISION = "triton atomic", "triton apart", "torchvision deterministic"
 NO_DETERMINISTIC_ON_CPU = "on a CPU torchvision's op is the same in deterministic mode"
 NO_TRITON_ON_CPU = "needs a GPU: interpreter speed says nothing about a GPU"
 NO_SLOW_COMPILES_ON_CPU = "takes half a minute a row to compile for a CPU: measured on a GPU only"
+NO_COMPILED_NMS = "the compiler cannot trace the reference's loop: it would run it as it is"
 COMPILED_ELSEWHERE = "takes long to compile: only for train workloads with clustered boxes, and in bf16 where it exists"
 
 
@@ -76,10 +78,14 @@ def variants(call: Call) -> Iterator[Variant]:
     Triton: the model's channels_last, and NCHW, the drop-in for torchvision's op. torchvision's RoIAlign has NCHW
     kernels (it would first copy anything else) and no bf16: it runs in float32, as under autocast, and for training
     in float16 too, where its coordinates are float16 and miss the gate. The reference indexes cells: channels_last.
+
+    torchvision decodes boxes in the deltas' dtype, in bf16 to whole pixels: there it gets fp32, too.
     """
     workload = call.workload
     if workload.op not in ROI_OPS:
-        yield from (Variant(provider, call.dtype, "contiguous") for provider in ("triton", *BASELINES))
+        for provider in ("triton", *BASELINES):
+            widened = provider == "torchvision" and workload.op == "decode_proposals"
+            yield Variant(provider, torch.float32 if widened else call.dtype, "contiguous")
         return
     yield Variant("triton", call.dtype, "channels_last")
     yield Variant("triton", call.dtype, "nchw")
@@ -107,7 +113,10 @@ def why_not_here(provider: str, call: Call, device: str) -> str | None:
         return NO_TRITON_ON_CPU
     if device == "cpu" and provider == DETERMINISTIC_TORCHVISION:
         return NO_DETERMINISTIC_ON_CPU
-    if provider == "torch.compile" and device == "cpu" and call.workload.op in (*ROI_OPS, "label_anchors"):
+    op = call.workload.op
+    if provider == "torch.compile" and op == "nms_mask":
+        return NO_COMPILED_NMS
+    if provider == "torch.compile" and device == "cpu" and op in (*ROI_OPS, *RPN_OPS) and op != "box_iou":
         return NO_SLOW_COMPILES_ON_CPU
     if provider == "torch.compile" and device != "cpu" and not _worth_compiling(call):
         return COMPILED_ELSEWHERE
@@ -117,6 +126,15 @@ def why_not_here(provider: str, call: Call, device: str) -> str | None:
 def _worth_compiling(call: Call) -> bool:
     workload = call.workload
     return workload.suite == "train" and workload.sizes.boxes == "clustered" and call.dtype == workload.dtypes[0]
+
+
+def may_decide_otherwise(provider: str, op: str) -> bool:
+    """Whether an op of exact rules may come out differently from a provider that rounds otherwise.
+
+    torch.compile may fuse what the reference computes one by one, and an IoU may then cross a threshold. torchvision
+    shifts the boxes of small problems apart so that one NMS serves all groups, and fuses in its CUDA op.
+    """
+    return provider == ("torchvision" if op == "nms_mask" else "torch.compile")
 
 
 def get_provider(name: str, op: str) -> Provider:
@@ -130,12 +148,15 @@ def get_provider(name: str, op: str) -> Provider:
         return Provider(name, op, _apart)
     if name == ATOMIC:
         return Provider(name, op, functools.partial(getattr(kernels, op), backend="triton", backward="atomic"))
+    if name == "triton":
+        return Provider(name, op, functools.partial(getattr(kernels, op), backend=name))
+    # A grid's anchors are made before the clock starts: the reference is then that of given anchors.
+    given = "label_anchors" if op == "label_grid_anchors" else op
+    reference = functools.partial(getattr(kernels, given), backend="torch")
     if name == "torch.compile":
         _prepare_compiler()
-        return Provider(
-            name, op, torch.compile(functools.partial(getattr(kernels, op), backend="torch"), dynamic=False)
-        )
-    return Provider(name, op, functools.partial(getattr(kernels, op), backend=name))
+        reference = torch.compile(reference, dynamic=False)
+    return Provider(name, op, reference, rpn_providers.with_anchors)
 
 
 def _prepare_compiler() -> None:
@@ -173,11 +194,11 @@ def _torchvision(op: str) -> Provider:
         "roi_align": _tv_roi_align,
         "multiscale_roi_align": _tv_multiscale_roi_align,
         "joint_multiscale_roi_align": _tv_joint_multiscale_roi_align,
-        "box_iou": _tv_box_iou,
-        "label_anchors": _tv_label_anchors,
         "mask_bce_loss": _tv_mask_bce_loss,
     }
-    return Provider("torchvision", op, calls[op], _unpad if op == "label_anchors" else lambda inputs: inputs)
+    if op in calls:
+        return Provider("torchvision", op, calls[op])
+    return Provider("torchvision", op, *rpn_providers.TORCHVISION[op])
 
 
 def _tv_roi_align(feature: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int) -> Tensor:
@@ -206,31 +227,6 @@ def _tv_joint_multiscale_roi_align(
     """A pooling of its own for each head, as in torchvision's model."""
     sets = zip(rois, sizes, strict=True)
     return [_tv_multiscale_roi_align(features, r, size, scales, sampling_ratio) for r, size in sets]
-
-
-def _tv_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    from torchvision.ops import box_iou
-
-    if boxes1.ndim == 2:
-        return box_iou(boxes1, boxes2)
-    return torch.stack([box_iou(a, b) for a, b in zip(boxes1, boxes2, strict=True)])
-
-
-def _unpad(inputs: Inputs) -> Inputs:
-    """Padded ground truth to the list of per-image boxes that torchvision's model holds (views, not copies)."""
-    anchors, gt_boxes, gt_count = inputs.args
-    return Inputs((anchors, [gt[:n] for gt, n in zip(gt_boxes, gt_count.tolist(), strict=True)]))
-
-
-def _tv_label_anchors(anchors: Tensor, gt_boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What torchvision's RPN does with every image in turn; its codes (-1 below, -2 between) to our labels."""
-    from torchvision.models.detection._utils import Matcher
-    from torchvision.ops import box_iou
-
-    matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
-    matches = torch.stack([matcher(box_iou(gt, anchors)) for gt in gt_boxes])
-    labels = (matches >= 0).to(torch.int8) - (matches == Matcher.BETWEEN_THRESHOLDS).to(torch.int8)
-    return labels, matches.clamp(min=0).to(torch.int32)
 
 
 def _tv_mask_bce_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

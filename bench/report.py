@@ -13,6 +13,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from .memory_plots import memory_plots
 from .plots import Plot, make_plots
 from .providers import is_ours
 from .results import NAMES, Results, best_triton_rows, read_results
@@ -55,14 +56,16 @@ ROW_NOTE = (
     "what a caller waits for, dispatch included; first_call: with compilation and autotuning. Medians; quartiles and "
     "ratios are those of the main time, the first column. vs best, vs same dtype: time of the best baseline, in any "
     "dtype or in the row's, over the row's time. Error: largest deviation from the PyTorch reference in float64, over "
-    "its largest value (for anchor labels: the share that differs of those that are no background). Peak memory: what "
-    "a call allocates beyond what was there; saved: what is kept from forward to backward. Repeats bit for bit: "
-    "whether later runs of a backward, on the same inputs, gave the bits of the first. Where a row waits for the "
-    "device, the host stops inside the call."
+    "its largest value (of labels, of what NMS keeps and of the order of the best: the share that differs). Peak "
+    "memory: what a call allocates beyond what was there; saved: what is kept from forward to backward. Repeats bit "
+    "for bit: whether later runs of a backward, on the same inputs, gave the bits of the first. Where a row waits for "
+    "the device, the host stops inside the call."
 )
 PLOT_NOTE = (
     "Each provider in its quickest layout and dtype, on log scales. Lines run from the 25 % to the 75 % quantile, the "
-    "whiskers of speed-ups over the 99 % interval. Hollow: stale. Dotted: the roof, a bound and not a measurement."
+    "whiskers of speed-ups over the 99 % interval. Hollow: stale. Dotted: the roof, a bound and not a measurement. "
+    "Peak memory is what a call allocates beyond what was there, its results included; a cross at the top is a call "
+    "that ran out of it."
 )
 
 
@@ -95,7 +98,7 @@ def write_report(path: Path | str, out_dir: Path | str, markdown: bool = True) -
     """
     results = read_results(path)
     table = _sorted(results.table())
-    plots = make_plots(table)
+    plots = make_plots(table) + memory_plots(table)
     context = _context(results, table, plots)
     out_dir = Path(out_dir)
     files = {out_dir / "report.html": _template("report.html.j2").render(context).encode()}

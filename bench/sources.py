@@ -10,12 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"
 SHARED = ("backend.py", "checks.py", "device.py", "runtime.py")
-FOLDERS = {
+PROVIDERS = ("providers.py", "rpn_providers.py")
+MODELS = ("floors.py", "roi_floors.py", "rpn_floors.py")
+_GRID = ("anchors.py", "device_anchors.py")
+FOLDERS = {  # of each op: its folder, and the folders and files of kernels/ that it takes from
     "roi_align": ("roi_align",),
     "multiscale_roi_align": ("roi_align",),
     "joint_multiscale_roi_align": ("roi_align",),
     "box_iou": ("box_iou",),
-    "label_anchors": ("label_anchors", "box_iou"),  # its reference forms the matrix
+    "label_grid_anchors": ("label_anchors", "box_iou", *_GRID),  # the reference forms the matrix
+    "label_anchors": ("label_anchors", "box_iou", *_GRID),
+    "rpn_loss": ("rpn_loss", *_GRID),
+    "stable_topk": ("proposals", "rpn_loss", *_GRID),
+    "decode_proposals": ("proposals", "rpn_loss", *_GRID),
+    "nms_mask": ("nms", "box_iou"),
     "mask_bce_loss": ("mask_bce_loss",),
 }
 
@@ -23,16 +31,16 @@ FOLDERS = {
 @functools.cache
 def source_hash(op: str) -> str:
     """Hash of all code of `kernels/` that the op runs, and of how the baselines are called."""
-    files = [ROOT / "bench" / "providers.py", *(KERNELS / name for name in SHARED)]
-    for folder in FOLDERS[op]:
-        files += sorted((KERNELS / folder).glob("*.py"))
+    files = [*(ROOT / "bench" / name for name in PROVIDERS), *(KERNELS / name for name in SHARED)]
+    for name in FOLDERS[op]:
+        files += [KERNELS / name] if name.endswith(".py") else sorted((KERNELS / name).glob("*.py"))
     return _hash(files)
 
 
 @functools.cache
 def model_hash() -> str:
     """Hash of the code that counts floors: mended, it is applied to old times too."""
-    return _hash([ROOT / "bench" / name for name in ("floors.py", "roi_floors.py")])
+    return _hash([ROOT / "bench" / name for name in MODELS])
 
 
 def _hash(files: list[Path]) -> str:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from .memory import ran_out
+from .providers import is_ours
 from .results import STUDY_FILE, EmptyResultsError, Results, ResultsError, read_results, why_stale
 from .sources import source_hash
 from .worker import TimeIsUpError, Worker, WorkerError
@@ -67,7 +69,8 @@ def parse_budget(text: str) -> float:
 def select(device: str, only: Sequence[str]) -> list[Call]:
     """The calls that have every word of at least one of `only`, in order; all of them where that is empty.
 
-    Words are those of the call's name and its suite. `roi_align` stands for all RoI ops.
+    Words are those of the call's name and its suite. `roi_align` stands for all RoI ops, `rpn` for those of the region
+    proposal network.
 
     Raises:
         StudyError: nothing matches one of them.
@@ -365,7 +368,9 @@ def why_measure(call: Call, results: Results, versions: dict | None = None) -> s
         return f"stale: {stale or 'measured with other versions of PyTorch or Triton'}"
     if {_variant(row) for row in rows} != variants_of(call):
         return "stale: the providers changed"
-    if failed := next((row["reason"] for row in rows if row["status"] == "failed"), None):
+    # That a baseline needs more memory than there is does not change by trying again: it is a result.
+    broken = [row for row in rows if row["status"] == "failed" and (is_ours(row["provider"]) or not ran_out(row))]
+    if failed := next((row["reason"] for row in broken), None):
         return f"failed: {failed}"
     if any(row["reason"] == LATER for row in rows):
         return f"missing: {COMPILED}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from .memory import OUT_OF_MEMORY
 from .plots import format_seconds
 from .results import Results
 
@@ -116,6 +117,8 @@ def sections(table: pd.DataFrame) -> Iterator[Section]:
 
 def _line(row: object, of_call: pd.DataFrame, cells: pd.DataFrame) -> Line:
     tags = [row.status] if row.status != "ok" else []
+    if row.status == "failed" and row.reason.startswith(OUT_OF_MEMORY):
+        tags.append(row.reason.replace(" (", ", ").rstrip(")"))
     tags += ["stale"] if pd.notna(row.stale) else []
     tags += ["waits for the device"] if pd.notna(row.waits) and row.waits and row.status == "ok" else []
     best = row.median == of_call["median"].min()

@@ -20,23 +20,45 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from . import rpn_inputs
 from .inputs import BUILDERS, Draw, Inputs, Sizes
 
-__all__ = ["DIRECTIONS", "OPS", "ROI_OPS", "SUITES", "WORKLOADS", "Call", "Inputs", "Sizes", "Workload", "calls"]
+__all__ = [
+    "DIRECTIONS",
+    "OPS",
+    "ROI_OPS",
+    "RPN_OPS",
+    "SUITES",
+    "WORKLOADS",
+    "Call",
+    "Inputs",
+    "Sizes",
+    "Workload",
+    "calls",
+]
 
 OPS = (
     "multiscale_roi_align",
     "joint_multiscale_roi_align",
     "roi_align",
+    "label_grid_anchors",
     "label_anchors",
     "box_iou",
+    "rpn_loss",
+    "stable_topk",
+    "decode_proposals",
+    "nms_mask",
     "mask_bce_loss",
 )
-ROI_OPS = OPS[:3]
+ROI_OPS, RPN_OPS = OPS[:3], OPS[3:-1]
+DIFFERENTIABLE = (*ROI_OPS, "box_iou", "rpn_loss", "mask_bce_loss")
+FP32_OPS = ("label_grid_anchors", "label_anchors", "box_iou", "nms_mask")  # of boxes alone
 DETERMINISTIC = "one-image"  # the workload that torchvision's deterministic RoIAlign has memory for
-DIRECTIONS = {op: ("forward",) if op == "label_anchors" else ("forward", "backward") for op in OPS}
+DIRECTIONS = {op: ("forward", "backward") if op in DIFFERENTIABLE else ("forward",) for op in OPS}
 SUITES = ("train", "inference", "small", "adversarial", "sweep", "cpu")  # most valuable first
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FAMILIES = {"roi_align": ROI_OPS, "rpn": RPN_OPS}  # word -> the ops that it selects
+_BUILDERS = BUILDERS | rpn_inputs.BUILDERS
 
 
 @dataclass(frozen=True)
@@ -57,7 +79,7 @@ class Workload:
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Boxes are always float32; features and logits come in bf16 too, on a GPU."""
-        if self.suite == "cpu" or self.op in ("box_iou", "label_anchors") or self.name == DETERMINISTIC:
+        if self.suite == "cpu" or self.op in FP32_OPS or self.name == DETERMINISTIC:
             return (torch.float32,)
         return (torch.bfloat16, torch.float32) if self.suite in ("train", "small") else (torch.bfloat16,)
 
@@ -73,14 +95,14 @@ class Workload:
 
         Another `fresh` draws other values of the same shapes (and the same number of objects in each image).
         """
-        inputs = BUILDERS[self.op](self.sizes, Draw.seeded(self.seed, fresh, device), dtype, layout)
+        inputs = _BUILDERS[self.op](self.sizes, Draw.seeded(self.seed, fresh, device), dtype, layout)
         for leaf in inputs.leaves:
             leaf.requires_grad_(grad)
         return inputs
 
     def boxes_only(self, dtype: torch.dtype) -> Inputs:
         """The inputs on the CPU, with features and logits as shapes only (`meta` tensors)."""
-        return BUILDERS[self.op](self.sizes, Draw.boxes_only(self.seed), dtype, "nchw")
+        return _BUILDERS[self.op](self.sizes, Draw.boxes_only(self.seed), dtype, "nchw")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -108,9 +130,9 @@ class Call:
 
     @property
     def words(self) -> set[str]:
-        """What selects it: the words of its name, its suite, and for every RoI op `roi_align`."""
-        family = ["roi_align"] if self.workload.op in ROI_OPS else []
-        return {*self.key, self.workload.suite, *family}
+        """What selects it: the words of its name, its suite, and those of `FAMILIES`."""
+        families = [word for word, ops in FAMILIES.items() if self.workload.op in ops]
+        return {*self.key, self.workload.suite, *families}
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -138,6 +160,7 @@ _BOX = Sizes(16, _FULL, rois=512)
 _MASK = Sizes(16, _FULL, rois=128, output_size=14)
 _JOINT = replace(_BOX, mask_rois=128)  # what a training step pools, box head and mask head together
 _ANCHORS = Sizes(16, _FULL, ragged=True)  # 268,569 anchors
+_TOP = Sizes(16, _FULL, rois=2000)  # of each level of an image
 _LOSS = Sizes(0, _FULL, masks=2048)
 
 
@@ -162,23 +185,42 @@ def _multiscale_roi_align() -> Iterator[Workload]:
         yield workload(f"roi-size-{side}", "sweep", replace(_BOX, boxes="uniform", roi_size=side), "roi_size")
 
 
-def _boxes() -> Iterator[Workload]:
-    yield Workload("label_anchors", "train", "train", _ANCHORS)
-    yield Workload("label_anchors", "small", "small", replace(_ANCHORS, images=1, objects=8, ragged=False))
-    yield Workload("label_anchors", "objects-1000", "adversarial", replace(_ANCHORS, objects=1000, ragged=False))
+def _labels() -> Iterator[Workload]:
+    for op in ("label_grid_anchors", "label_anchors"):
+        yield Workload(op, "train", "train", _ANCHORS)
+        yield Workload(op, "small", "small", replace(_ANCHORS, images=1, objects=8, ragged=False))
     for objects in (1, 10, 100, 300):
         sizes = replace(_ANCHORS, objects=objects)
-        yield Workload("label_anchors", f"objects-{objects}", "sweep", sizes, "objects")
+        yield Workload("label_grid_anchors", f"objects-{objects}", "sweep", sizes, "objects")
     for height, width in ((400, 672), (600, 1008), (1200, 2016)):  # anchors grow with the image
         sizes = replace(_ANCHORS, image_size=(height, width))
-        yield Workload("label_anchors", f"image-{height}x{width}", "sweep", sizes, "image_size")
+        yield Workload("label_grid_anchors", f"image-{height}x{width}", "sweep", sizes, "image_size")
+    crowded = replace(_ANCHORS, objects=1000, ragged=False)
+    yield Workload("label_grid_anchors", "objects-1000", "adversarial", crowded, "objects")
+    yield Workload("label_anchors", "objects-1000", "adversarial", crowded)
+
+
+def _boxes() -> Iterator[Workload]:
     yield Workload("box_iou", "train", "train", replace(_BOX, rois=2000))  # proposals x objects, a batch
-    yield Workload("box_iou", "anchors", "train", Sizes(1, _FULL, rois=268_569))  # as many as there are anchors
+    anchors = Sizes(1, _FULL, rois=268_569, objects=100)  # as many boxes as there are anchors
+    yield Workload("box_iou", "anchors", "train", anchors)
     yield Workload("box_iou", "small", "small", Sizes(1, _FULL, rois=8, objects=8))
     yield Workload("box_iou", "objects-1000", "adversarial", replace(_BOX, rois=2000, objects=1000))
     for objects in (10, 100, 300):
         sizes = replace(_BOX, rois=2000, objects=objects)
         yield Workload("box_iou", f"objects-{objects}", "sweep", sizes, "objects")
+
+
+def _proposals() -> Iterator[Workload]:
+    yield Workload("rpn_loss", "train", "train", _ANCHORS)
+    yield Workload("rpn_loss", "small", "small", replace(_ANCHORS, images=1, objects=8, ragged=False))
+    for op in ("stable_topk", "decode_proposals", "nms_mask"):
+        yield Workload(op, "train", "train", _TOP)
+        yield Workload(op, "inference", "inference", replace(_TOP, images=1, rois=1000))
+        yield Workload(op, "small", "small", replace(_TOP, images=1, rois=100))
+    yield Workload("nms_mask", "one-group", "adversarial", replace(_TOP, images=1, levels=1, rois=8000))
+    for boxes in (250, 1000, 4000):  # of each group
+        yield Workload("nms_mask", f"boxes-{boxes}", "sweep", replace(_TOP, rois=boxes), "rois")
 
 
 def _mask_bce_loss() -> Iterator[Workload]:
@@ -194,7 +236,9 @@ def _cpu() -> Iterator[Workload]:
         yield Workload(op, "cpu-uniform", "cpu", Sizes(2, _SMALL, rois=24, channels=8, boxes="uniform"))
     joint = Sizes(2, _SMALL, rois=24, mask_rois=8, channels=8)
     yield Workload("joint_multiscale_roi_align", "cpu", "cpu", joint)
-    yield Workload("label_anchors", "cpu", "cpu", Sizes(2, (256, 320), objects=8, ragged=True))
+    few = Sizes(2, (256, 320), objects=8, ragged=True, rois=200, slots=64)
+    for op in ("label_grid_anchors", "label_anchors", "rpn_loss", "stable_topk", "decode_proposals", "nms_mask"):
+        yield Workload(op, "cpu", "cpu", few)
     yield Workload("box_iou", "cpu", "cpu", Sizes(2, _SMALL, rois=500, objects=20))
     yield Workload("mask_bce_loss", "cpu", "cpu", Sizes(0, _SMALL, masks=32))
 
@@ -203,7 +247,9 @@ WORKLOADS = (
     *_multiscale_roi_align(),
     Workload("joint_multiscale_roi_align", "train", "train", _JOINT),
     Workload("joint_multiscale_roi_align", "small", "small", replace(_JOINT, images=1, rois=8, mask_rois=2)),
+    *_labels(),
     *_boxes(),
+    *_proposals(),
     *_mask_bce_loss(),
     Workload("roi_align", "train", "train", _BOX),  # the drop-in: one map, at stride 16
     Workload("multiscale_roi_align", "train-box-uniform", "train", replace(_BOX, boxes="uniform")),

@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    AnchorGrid,
+    batched_nms,
     box_iou,
+    decode_proposals,
+    generalized_box_iou,
     joint_multiscale_roi_align,
     label_anchors,
+    label_grid_anchors,
     mask_bce_loss,
     multiscale_roi_align,
     nms_mask,
     roi_align,
+    rpn_loss,
+    stable_topk,
 )
 
 IMAGES, CHANNELS, CLASSES, ANCHORS, OBJECTS, ROIS = 2, 256, 81, 268_569, 100, 2000
@@ -42,15 +49,25 @@ def op_calls() -> Iterator[Call]:
     yield from _pool_calls()
     for dtype in (FP32, BF16, FP64):
         yield Call(f"box_iou {NAMES[dtype]}", lambda dtype=dtype: _iou(dtype))
+        yield Call(f"generalized_box_iou {NAMES[dtype]}", lambda dtype=dtype: _iou(dtype, op=generalized_box_iou))
+    # One matrix; stores of two numbers and of one.
+    tall = torch.empty(ANCHORS, 4), torch.empty(OBJECTS, 4)
+    yield Call(f"box_iou fp32 {ANCHORS} x {OBJECTS}", lambda: box_iou(*tall, backend="triton"))
+    for m in (50, 37):
+        yield Call(f"box_iou fp32 by {m}", lambda m=m: _iou(FP32, m))
     for name, options in (
         ("label_anchors", {}),
         ("label_anchors without low-quality matches", {"allow_low_quality_matches": False}),
         ("label_anchors low_inclusive require_overlap", {"low_inclusive": True, "require_overlap": True}),
     ):
         yield Call(name, lambda options=options: _label(**options))
-    # Five levels of 16 images in training, of one at inference; groups as small as the highest level's; the most.
-    for groups, n in ((80, 2000), (5, 1000), (5, 200), (5, 4096)):
+    yield Call("label_anchors of each image, one threshold", _match)
+    for name, per_cell in (("label_grid_anchors", 3), ("label_grid_anchors nine a cell", 9)):
+        yield Call(name, lambda per_cell=per_cell: _label_grid(per_cell))
+    # Five levels of 16 images in training, of one at inference; many boxes with scores.
+    for groups, n in ((80, 2000), (5, 1000)):
         yield Call(f"nms_mask {groups} x {n}", lambda groups=groups, n=n: _nms(groups, n))
+    yield Call("batched_nms 10000", lambda: _batched_nms(10_000))
     for dtype, layout, targets in (
         (BF16, "nchw", FP32),
         (BF16, "channels_last", FP32),
@@ -59,6 +76,14 @@ def op_calls() -> Iterator[Call]:
     ):
         name = f"mask_bce_loss {NAMES[dtype]} {layout}"
         yield Call(name, lambda d=dtype, lay=layout, t=targets: _mask(d, lay, t))
+    for dtype, given, beta in ((BF16, False, 1 / 9), (FP32, True, 0.0), (FP64, False, 1 / 9)):
+        name = f"rpn_loss {NAMES[dtype]} {'given anchors' if given else 'grid'} beta {beta:.2g}"
+        yield Call(name, lambda d=dtype, g=given, b=beta: _rpn_loss(d, g, b))
+    for dtype in (BF16, FP32):
+        yield Call(f"stable_topk {NAMES[dtype]} of a slice", lambda d=dtype: _topk(d))
+    for dtype, given in ((BF16, False), (FP32, True)):
+        name = f"decode_proposals {NAMES[dtype]} {'given anchors' if given else 'grid'}"
+        yield Call(name, lambda d=dtype, g=given: _decode(d, g))
 
 
 def _pool_calls() -> Iterator[Call]:
@@ -120,9 +145,9 @@ def _pool(
     return Call(" ".join(words), run)
 
 
-def _iou(dtype: torch.dtype) -> None:
-    leaves = [_leaf((IMAGES, ROIS, 4), dtype), _leaf((IMAGES, OBJECTS, 4), dtype)]
-    _backward(box_iou(*leaves, backend="triton"), leaves)
+def _iou(dtype: torch.dtype, m: int = OBJECTS, op: Callable[..., Tensor] = box_iou) -> None:
+    leaves = [_leaf((IMAGES, ROIS, 4), dtype), _leaf((IMAGES, m, 4), dtype)]
+    _backward(op(*leaves, backend="triton"), leaves)
 
 
 def _label(**options: bool) -> None:
@@ -130,8 +155,23 @@ def _label(**options: bool) -> None:
     label_anchors(torch.empty(ANCHORS, 4), objects, count, **options, backend="triton")
 
 
+def _match() -> None:
+    objects, count = torch.empty(IMAGES, OBJECTS, 4), torch.zeros(IMAGES, dtype=torch.int32)
+    label_anchors(torch.empty(IMAGES, ROIS + OBJECTS, 4), objects, count, 0.5, 0.5, False, backend="triton")
+
+
+def _label_grid(per_cell: int) -> None:
+    strides = [(4 << level, 4 << level) for level in range(5)]
+    grid = AnchorGrid(torch.empty(5, per_cell, 4), (*PYRAMID, (13, 21)), strides)
+    label_grid_anchors(grid, torch.empty(IMAGES, OBJECTS, 4), torch.zeros(IMAGES, dtype=torch.int32), backend="triton")
+
+
 def _nms(groups: int, n: int) -> None:
     nms_mask(torch.empty(groups, n, 4), torch.empty(groups, n, dtype=torch.bool), 0.7, backend="triton")
+
+
+def _batched_nms(n: int) -> None:
+    batched_nms(torch.empty(n, 4), torch.empty(n), torch.zeros(n, dtype=torch.int64), 0.5, backend="triton")
 
 
 def _mask(dtype: torch.dtype, layout: str, targets: torch.dtype) -> None:
@@ -139,6 +179,32 @@ def _mask(dtype: torch.dtype, layout: str, targets: torch.dtype) -> None:
     labels = torch.zeros(len(logits), dtype=torch.int64)
     masks = torch.empty(len(logits), 28, 28, dtype=targets)
     _backward(mask_bce_loss(logits, labels, masks, backend="triton"), [logits])
+
+
+def _rpn_loss(dtype: torch.dtype, given: bool, beta: float) -> None:
+    leaves = [_leaf((IMAGES, ANCHORS), dtype), _leaf((IMAGES, ANCHORS, 4), dtype)]
+    objects, matched = torch.empty(IMAGES, OBJECTS, 4), torch.zeros(IMAGES, ANCHORS, dtype=torch.int32)
+    index, drawn = torch.zeros(IMAGES, 256, dtype=torch.int64), torch.zeros(IMAGES, 256, dtype=torch.bool)
+    losses = rpn_loss(*leaves, _anchors(given), objects, matched, index, drawn, drawn, beta, backend="triton")
+    _backward(list(losses), leaves)
+
+
+def _topk(dtype: torch.dtype) -> None:
+    stable_topk(torch.zeros(IMAGES, ANCHORS, dtype=dtype)[:, 201_600:252_000], ROIS, backend="triton")
+
+
+def _decode(dtype: torch.dtype, given: bool) -> None:
+    logits, deltas = torch.empty(IMAGES, ANCHORS, dtype=dtype), torch.empty(IMAGES, ANCHORS, 4, dtype=dtype)
+    index, sizes = torch.zeros(IMAGES, ROIS, dtype=torch.int64), torch.zeros(IMAGES, 2, dtype=torch.int64)
+    decode_proposals(logits, deltas, index, _anchors(given), sizes, backend="triton")
+
+
+def _anchors(given: bool) -> Tensor | AnchorGrid:
+    """Three a cell on P2..P6: as a grid, or as they are."""
+    if given:
+        return torch.empty(ANCHORS, 4)
+    strides = ((4, 4), (8, 8), (16, 16), (32, 32), (61, 64))
+    return AnchorGrid(torch.empty(5, 3, 4), (*PYRAMID, (13, 21)), strides)
 
 
 def _leaf(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "nchw") -> Tensor:

@@ -5,11 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_workloads import tiny
 
 import kernels
-from bench.boxes import random_objects
+from bench.boxes import anchor_grid, random_objects
 from bench.floors import IOU, IOU_BACKWARD, MASK, MASK_BACKWARD, Floor, floor, overlapping_pairs, roof
 from bench.inputs import Inputs
+from bench.parts import listed
+from bench.providers import get_provider
+from bench.workloads import RPN_OPS
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SCALES = [1 / 4, 1 / 8]
@@ -185,6 +189,96 @@ def test_label_anchors():
     assert result == Floor(40 * 16 + 12 * 16 + 3 * 4 + 3 * 40 * 5, 0)
     nothing = floor("label_anchors", "forward", Inputs((anchors, gt, count * 0)), FP32)
     assert nothing == Floor(3 * 4 + 3 * 40 * 5, 0)  # the labels do not depend on the anchors
+
+
+def test_a_grid_costs_its_cells():
+    # The anchors of a grid are nowhere in memory: charging 16 bytes for each would let a kernel beat its floor.
+    _, gt = iou_inputs()
+    grid, count = anchor_grid((64, 96)), torch.tensor([0, 5, 99], dtype=torch.int32)
+    result = floor("label_grid_anchors", "forward", Inputs((grid, gt, count)), FP32)
+    assert result == Floor(5 * 3 * 16 + 12 * 16 + 3 * 4 + 3 * len(grid) * 5, 0)
+    nothing = floor("label_grid_anchors", "forward", Inputs((grid, gt, count * 0)), FP32)
+    assert nothing == Floor(3 * 4 + 3 * len(grid) * 5, 0)
+
+
+def loss_inputs(dtype=FP32):
+    """2 images of 9 anchors, 4 slots: image 0 has two positives with one object, image 1 a negative; 4 are empty."""
+    drawn = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    positive = torch.tensor([[True, True, False, True], [False, False, False, False]])  # one in a slot that is empty
+    index = torch.tensor([[3, 4, 5, 6], [3, 0, 0, 0]])
+    logits, deltas = torch.zeros(2, 9, dtype=dtype), torch.zeros(2, 9, 4, dtype=dtype)
+    matched = torch.ones(2, 9, dtype=torch.int32)
+    return logits, deltas, torch.rand(9, 4), torch.rand(2, 5, 4), matched, index, drawn, positive
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_rpn_loss_reads_its_slots(dtype):
+    # Of 9 anchors 4 are drawn and 2 positive, and these two want one object: nothing else has to be read.
+    size = dtype.itemsize
+    read = 8 + 4 * (8 + 1 + size) + 2 * (4 * size + 4) + 2 * 16 + 16 + 2 * 4
+    logits, deltas, *rest = loss_inputs(dtype)
+    assert floor("rpn_loss", "forward", Inputs((logits, deltas, *rest)), dtype) == Floor(read, 0)
+    backward = floor("rpn_loss", "backward", Inputs((logits, deltas, *rest)), dtype)
+    assert backward == Floor(read + 2 * 9 * 5 * size, 0)
+    grid = anchor_grid((20, 20))
+    cells = floor("rpn_loss", "forward", Inputs((logits, deltas, grid, *rest[1:])), dtype)
+    assert cells.dram_bytes == read - 2 * 16 + 5 * 3 * 16
+
+
+def test_what_rpn_loss_is_said_to_read_is_what_it_depends_on():
+    # The count, from the other side: NaN in all that is not counted changes neither loss nor gradient.
+    logits, deltas, anchors, boxes, matched, index, drawn, positive = loss_inputs()
+    chosen = drawn & positive
+    spoilt = [torch.full_like(t, float("nan")) for t in (logits, deltas, anchors, boxes)]
+    image, slot = drawn.nonzero(as_tuple=True)
+    spoilt[0][image, index[image, slot]] = logits[image, index[image, slot]]
+    image, slot = chosen.nonzero(as_tuple=True)
+    spoilt[1][image, index[image, slot]] = deltas[image, index[image, slot]]
+    spoilt[2][index[image, slot]] = anchors[index[image, slot]]
+    spoilt[3][0, 1] = boxes[0, 1]
+    rest = (matched, index, drawn, positive)
+    losses = [kernels.rpn_loss(*four, *rest, backend="torch") for four in ((logits, deltas, anchors, boxes), spoilt)]
+    assert all(torch.equal(a, b) and a.isfinite() for a, b in zip(*losses, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "k", "picked"), [(FP32, 7, 7), (BF16, 400, 300)])
+def test_topk_reads_every_value(dtype, k, picked):
+    # The largest could be anywhere, and asking for more than there are costs no more.
+    values = torch.zeros(2, 300, dtype=dtype)
+    assert floor("stable_topk", "forward", Inputs((values, k)), dtype) == Floor(
+        600 * dtype.itemsize + 2 * picked * 8, 600 // 32
+    )
+
+
+def test_decoding_reads_what_was_picked():
+    # Empty slots name no anchor, and one that two slots, or two images, name has to be read once an image at most.
+    index = torch.tensor([[1, 2, 2, -1], [1, 3, -1, -1]])
+    heads = torch.zeros(2, 9, dtype=BF16), torch.zeros(2, 9, 4, dtype=BF16)
+    sizes = torch.zeros(2, 2, dtype=torch.int64)
+    common = 2 * 4 * 8 + 32 + 4 * 5 * 2 + 2 * 4 * 20
+    given = floor("decode_proposals", "forward", Inputs((*heads, index, torch.zeros(9, 4), sizes)), BF16)
+    assert given == Floor(common + 3 * 16, 0)
+    grid = floor("decode_proposals", "forward", Inputs((*heads, index, anchor_grid((20, 20)), sizes)), BF16)
+    assert grid == Floor(common + 5 * 3 * 16, 0)
+
+
+def test_nms_reads_boxes_that_count():
+    # What is not valid may hold anything, and a box that is alone in its group is kept unseen.
+    valid = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    assert floor("nms_mask", "forward", Inputs((torch.zeros(3, 3, 4), valid, 0.7)), FP32) == Floor(2 * 9 + 2 * 16, 0)
+
+
+@pytest.mark.parametrize("op", RPN_OPS)
+def test_a_floor_is_no_more_than_what_is_handed_over(op):
+    # Inputs read whole, outputs written whole, gradients too: a floor above that charges something twice.
+    inputs = tiny(op).build("cpu", FP32, grad=op in ("box_iou", "rpn_loss"))
+    run = get_provider("torch", op)
+    outputs = listed(run(run.adapt(inputs)))
+    handed = sum(t.nbytes for t in (*inputs.tensors(), *outputs))
+    assert 0 < floor(op, "forward", inputs, FP32).dram_bytes <= handed
+    if inputs.leaves:
+        handed += sum(leaf.nbytes for leaf in inputs.leaves)
+        assert 0 < floor(op, "backward", inputs, FP32).dram_bytes <= handed
 
 
 def test_boxes_that_touch_or_are_empty_do_not_overlap():

@@ -8,7 +8,8 @@ from tiny_workloads import tiny
 
 import kernels
 from bench.follow import KERNELS, Following
-from bench.gate import ROIS_AT_ONCE, Truth, WrongResultError, listed
+from bench.gate import DECISIONS, LABEL_OPS, ROIS_AT_ONCE, ROUNDED_TOLERANCES, Truth, WrongResultError
+from bench.parts import BATCHED, count_images, listed
 from bench.providers import get_provider, variants
 from bench.workloads import DIRECTIONS, OPS, ROI_OPS, WORKLOADS, Call, Sizes, Workload
 
@@ -33,10 +34,18 @@ def test_baselines_pass_the_gate(op, provider):
 def test_the_gate_turns_red(op):
     # A gate that never fails would let a fast wrong kernel win.
     inputs = tiny(op).build("cpu", torch.float32)
-    *rest, last = listed(get_provider("torch", op)(inputs))
-    wrong = [-1 - rest[0], last] if op == "label_anchors" else [*rest, last * 1.01]
+    *rest, last = listed(computed(op, inputs))
+    if op in LABEL_OPS:
+        rest[0] = -1 - rest[0]
+    else:
+        last = {"nms_mask": torch.logical_not, "stable_topk": torch.fliplr}.get(op, lambda right: right * 1.01)(last)
     with pytest.raises(WrongResultError, match="exceeds"):
-        Truth(op, inputs).check_forward(wrong, torch.float32).require()
+        Truth(op, inputs).check_forward([*rest, last], torch.float32).require()
+
+
+def computed(op, inputs, provider="torch"):
+    run = get_provider(provider, op)
+    return run(run.adapt(inputs))
 
 
 def test_the_gate_turns_red_on_nan():
@@ -120,27 +129,87 @@ def test_labels_have_to_be_equal_where_it_matters():
     # Without the low-quality rule a handful of 3,000 anchors differ: few of all, many of the positives.
     inputs = tiny("label_anchors").build("cpu", torch.float32)
     labels, matches = kernels.label_anchors(*inputs.args, allow_low_quality_matches=False, backend="torch")
-    for fused in (False, True):
+    for rounded in (False, True):
         with pytest.raises(WrongResultError):
-            Truth("label_anchors", inputs).check_forward((labels, matches), torch.float32, fused).require()
+            Truth("label_anchors", inputs).check_forward((labels, matches), torch.float32, rounded).require()
 
 
-@pytest.mark.parametrize("op", ["multiscale_roi_align", "joint_multiscale_roi_align", "label_anchors"])
+@pytest.mark.parametrize("op", DECISIONS)
+def test_ours_has_to_decide_exactly(op):
+    # One label, box or place is a bug of a kernel; only of those who round otherwise a few are forgiven.
+    sizes = Sizes(1, (256, 320), objects=20, rois=400, levels=1)
+    inputs = Workload(op, "one", "cpu", sizes).build("cpu", torch.float32)
+    first, *rest = listed(computed(op, inputs))
+    if op in LABEL_OPS:
+        first[0, (first[0] == 1).nonzero()[0]] = 0
+    elif op == "nms_mask":
+        first[0, first[0].nonzero()[0]] = False
+    else:
+        first[0, 7] += 1
+    checked = [Truth(op, inputs).check_forward((first, *rest), torch.float32, rounded) for rounded in (False, True)]
+    assert checked[0].error == checked[1].error > 0 == checked[0].tolerance
+    assert checked[1].tolerance == ROUNDED_TOLERANCES[op]
+    with pytest.raises(WrongResultError):
+        checked[0].require()
+
+
+def test_boxes_have_to_be_fp32s_whatever_the_deltas_are():
+    # torchvision decodes bf16 deltas in bf16: a proposal up to eight pixels off would pass a tolerance for bf16.
+    sizes = Sizes(2, (800, 1344), rois=50)
+    inputs = Workload("decode_proposals", "large", "cpu", sizes).build("cpu", torch.bfloat16)
+    truth = Truth("decode_proposals", inputs)
+    boxes, scores = computed("decode_proposals", inputs)
+    truth.check_forward((boxes, scores), torch.bfloat16).require()
+    with pytest.raises(WrongResultError):  # all of them by half a pixel
+        truth.check_forward((boxes + 0.5 * (scores[..., None] >= 0), scores), torch.bfloat16).require()
+    with pytest.raises(WrongResultError):
+        truth.check_forward(computed("decode_proposals", inputs, "torchvision"), torch.bfloat16).require()
+    chosen = variants(Call(replace(tiny("decode_proposals"), suite="train"), "forward", torch.bfloat16))
+    assert {v.dtype for v in chosen if v.provider == "torchvision"} == {torch.float32}
+
+
+def test_one_of_two_losses_is_not_enough():
+    # Each has its own gradient to see: the deltas' is that of the box loss alone.
+    inputs = tiny("rpn_loss").build("cpu", torch.float32, grad=True)
+    objectness, box = get_provider("torch", "rpn_loss")(inputs)
+    incoming = [torch.tensor(2.0), torch.tensor(-3.0)]
+    grads = torch.autograd.grad([objectness, box], inputs.leaves, incoming)
+    truth = Truth("rpn_loss", inputs)
+    truth.check_backward(grads, incoming, torch.float32).require()
+    for wrong in ((grads[0], 0 * grads[1]), (0 * grads[0], grads[1]), (grads[0], -grads[1])):
+        with pytest.raises(WrongResultError):
+            truth.check_backward(wrong, incoming, torch.float32).require()
+
+
+BATCHES = ("multiscale_roi_align", "joint_multiscale_roi_align", *BATCHED)
+
+
+@pytest.mark.parametrize("op", BATCHES)
 def test_every_image_can_be_checked(op):
     # A provider that computes only the images that are always looked at must not pass: others are drawn later.
-    sizes = Sizes(4, (128, 160), rois=6, mask_rois=3, channels=2, objects=3)
+    sizes = Sizes(4, (128, 160), rois=6, mask_rois=3, channels=2, objects=3, levels=1)
     inputs = Workload(op, "four", "cpu", sizes).build("cpu", torch.float32)
-    output = get_provider("torch", op)(inputs)
+    assert count_images(op, inputs) == 4
+    output = computed(op, inputs)
     for images in ([1, 2], [3], [0, 2]):
         truth = Truth(op, inputs, images)
         truth.check_forward(output, torch.float32).require()
-        if op == "label_anchors":
+        last = listed(output)[-1]
+        if op in ROI_OPS:  # of a joint op, the last set alone is wrong
+            last[listed(inputs.args[1])[-1][:, 0] == images[-1]] += 1
+        elif op in LABEL_OPS:
             output[0][images[-1]] = -1 - output[0][images[-1]]
-        else:  # of a joint op, the last set alone is wrong
-            listed(output)[-1][listed(inputs.args[1])[-1][:, 0] == images[-1]] += 1
+        else:
+            last[images[-1]] = ~last[images[-1]] if op == "nms_mask" else last[images[-1]] + 1
         with pytest.raises(WrongResultError):
             truth.check_forward(output, torch.float32).require()
-        output = get_provider("torch", op)(inputs)
+        output = computed(op, inputs)
+
+
+def test_every_group_of_an_image_can_be_checked():
+    # A group is a level of an image: to draw among as many groups as there are images would leave four in five out.
+    inputs = tiny("nms_mask").build("cpu", torch.float32)
+    assert count_images("nms_mask", inputs) == 10 and count_images("mask_bce_loss", inputs) == 0
 
 
 def test_torchvision_is_never_silently_measured_in_another_dtype():
@@ -152,12 +221,13 @@ def test_torchvision_is_never_silently_measured_in_another_dtype():
     assert dtypes == {"roi_align": {torch.float32, torch.float16}, "mask_bce_loss": {torch.bfloat16}}
 
 
-@pytest.mark.parametrize("field", ["loss_errors", "gradient_errors", "pyramid_gradients"])
+@pytest.mark.parametrize("field", ["loss_errors", "gradient_errors", "decode_errors", "pyramid_gradients"])
 def test_following_refuses_nan(field):
     # make demo must not go green on a diverged model.
     good = Following(
-        loss_errors=[0.0], gradient_errors=[0.0], pyramid_gradients=[1.0], rois=[9], levels=[3], anchors=2000
-    )
+        loss_errors=[0.0], gradient_errors=[0.0], decode_errors=[0.0], pyramid_gradients=[1.0],
+        rois=[9], levels=[3], anchors=2000,
+    )  # fmt: skip
     good.launches.update(k for names in KERNELS.values() for k in names)
     assert good.ok
     getattr(good, field).append(float("nan"))

@@ -8,7 +8,8 @@ import torch
 from tiny_workloads import tiny
 
 from bench import measure
-from bench.measure import measure_call
+from bench.measure import TWIN, measure_call
+from bench.memory import is_out_of_memory, ran_out
 from bench.providers import Provider, Variant, get_provider
 from bench.timing import SLOW_ROUNDS, CpuClock, left_running
 from bench.workloads import Call
@@ -19,7 +20,7 @@ LABELS = Call(tiny("label_anchors"), "forward", torch.float32)
 SECONDS = 0.3
 
 
-def measure_with(monkeypatch, call, cheat):
+def measure_with(monkeypatch, call, cheat, order=("torch", "cheat")):
     """Rows of the honest reference and of `cheat`, a function of the honest one that returns what to call."""
     honest = get_provider("torch", call.workload.op)
 
@@ -28,7 +29,7 @@ def measure_with(monkeypatch, call, cheat):
 
     layout = "nchw" if call.workload.op == "roi_align" else "contiguous"
     monkeypatch.setattr(measure, "get_provider", choose)
-    monkeypatch.setattr(measure, "variants", lambda call: [Variant(p, call.dtype, layout) for p in ("torch", "cheat")])
+    monkeypatch.setattr(measure, "variants", lambda call: [Variant(p, call.dtype, layout) for p in order])
     return measure_call(call, "cpu", SECONDS)
 
 
@@ -207,6 +208,60 @@ def test_an_error_costs_its_own_row_only(monkeypatch):
     honest, cheat = measure_with(monkeypatch, FORWARD, broken)
     assert honest["status"] == "ok"
     assert (cheat["status"], cheat["reason"]) == ("failed", "RuntimeError: no kernel")
+
+
+MESSAGES = {
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.77 GiB. GPU 0 has a total ..."): "9.77",
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 ..."): "0.5",
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes."): "3",
+}
+
+
+@pytest.mark.parametrize("error", MESSAGES, ids=MESSAGES.get)
+@pytest.mark.parametrize("after", [0, 1, 2, 9], ids="call {}".format)
+def test_out_of_memory_is_a_row_that_says_so(monkeypatch, error, after):
+    # At once, beside the others, or in the middle of their times: with the matrix of all pairs it is the finding, and
+    # the others' times must not be lost with it.
+    def greedy(op):
+        calls = []
+
+        def run(*args):
+            calls.append(1)
+            if len(calls) > after:
+                raise error
+            return op(*args)
+
+        return run
+
+    honest, greedy_row = measure_with(monkeypatch, LABELS, greedy)
+    assert honest["status"] == "ok" and len(honest["times"]["op_eager"]) >= SLOW_ROUNDS and TWIN in honest
+    assert greedy_row["status"] == "failed" and not {"times", TWIN, "noise", "first_call"} & set(greedy_row)
+    assert greedy_row["reason"] == f"out of memory (asked for {MESSAGES[error]} GiB)"
+    assert ran_out(greedy_row) and not ran_out(honest)
+
+
+def test_out_of_memory_of_the_first_provider(monkeypatch):
+    # The twin belongs to the first that is timed: where that one fails, the next has it, and the call has its noise.
+    def greedy(op):
+        calls = []
+
+        def run(*args):
+            calls.append(1)
+            if len(calls) > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return op(*args)
+
+        return run
+
+    rows = measure_with(monkeypatch, LABELS, greedy, order=("cheat", "torch"))
+    assert [row["status"] for row in rows] == ["failed", "ok"] and rows[0]["reason"] == "out of memory"
+    assert TWIN in rows[1] and rows[1]["noise"]["op_eager"] >= 0
+
+
+def test_other_errors_are_not_taken_for_out_of_memory():
+    # A row that says so is a result, and is not tried again.
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_without_time_only_the_gate_runs():

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import kernels
 from bench import predict
 from bench.cli import app
-from bench.predict import Code, PredictionError, parse_sass
 from bench.predict_work import gather_work, matrix_chunks, roi_axes
+from bench.sass import Code, PredictionError, parse_sass
 from bench.workloads import Sizes, Workload
 from kernels import HAS_TRITON
 from kernels.roi_align import launches, reference
@@ -206,7 +206,8 @@ def test_the_command_says_that_nothing_was_measured(compiled, monkeypatch):
 
 def test_the_canonical_workloads_are_there():
     # The command names them; a workload that is renamed must not only be missed when someone runs it.
-    assert [w.name for w in predict.training_workloads()] == list(predict.NAMES)
+    names = [(op, name) for op, of_op in predict.NAMES.items() for name in of_op]
+    assert [(w.op, w.name) for w in predict.training_workloads()] == names and len(names) == 8
 
 
 @needs_triton

@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny_workloads import tiny
 
+import kernels
 from bench import measure
-from bench.gate import Truth, listed
+from bench.gate import Truth
 from bench.measure import Contestant, Draws, measure_call
+from bench.parts import listed
 from bench.providers import (
     APART,
     ATOMIC,
@@ -17,12 +19,13 @@ from bench.providers import (
     deterministic,
     get_provider,
     is_ours,
+    may_decide_otherwise,
     variants,
     why_not_here,
 )
 from bench.repeats import MOST_RUNS, repeats_bit_for_bit
 from bench.timing import CpuClock
-from bench.workloads import DETERMINISTIC, ROI_OPS, Call, Sizes, Workload, calls
+from bench.workloads import DETERMINISTIC, DIRECTIONS, OPS, ROI_OPS, RPN_OPS, Call, Sizes, Workload, calls
 
 
 def providers(call):
@@ -110,6 +113,64 @@ def test_our_forms_pass_the_gate(op, provider, device):
     truth.check_forward(outputs, torch.float32).require()
     grads = torch.autograd.grad(outputs, inputs.leaves, grad_outputs)
     truth.check_backward(grads, grad_outputs, torch.float32).require()
+
+
+@pytest.mark.parametrize("op", [op for op in RPN_OPS if op != "box_iou"])
+def test_our_proposal_ops_pass_the_gate(op, device):
+    # Grids, lists and two outputs go through the same harness: on a GPU a study must not be the first to try.
+    sizes = Sizes(1, (64, 64), rois=10, objects=2, levels=2, slots=8)
+    grad = "backward" in DIRECTIONS[op]
+    inputs = Workload(op, "mini", "cpu", sizes).build(device.type, torch.float32, grad=grad)
+    outputs = listed(get_provider("triton", op)(inputs))
+    truth, grad_outputs = Truth(op, inputs), [torch.ones_like(o) for o in outputs]
+    truth.check_forward(outputs, torch.float32).require()
+    if grad:
+        grads = torch.autograd.grad(outputs, inputs.leaves, grad_outputs)
+        truth.check_backward(grads, grad_outputs, torch.float32).require()
+
+
+@pytest.mark.parametrize("provider", ["torch", "torchvision"])
+@pytest.mark.parametrize("op", ["label_grid_anchors", "rpn_loss", "decode_proposals"])
+def test_baselines_get_their_anchors_before_the_clock_starts(op, provider, monkeypatch):
+    # Making them up is our kernels' business: charged to a baseline, it would be a speed-up for nothing.
+    inputs, run = tiny(op).build("cpu", torch.float32), get_provider(provider, op)
+    adapted = run.adapt(inputs)
+    monkeypatch.setattr(kernels.AnchorGrid, "anchors", None)
+    assert run(adapted) is not None
+    assert not any(isinstance(a, kernels.AnchorGrid) for a in adapted.args)
+
+
+def test_torchvisions_loss_is_computed_its_way():
+    # Every anchor of every image is encoded there: that, and the gradient through it, is what is compared with.
+    inputs = tiny("rpn_loss").build("cpu", torch.float32, grad=True)
+    run = get_provider("torchvision", "rpn_loss")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        from torchvision.models.detection import _utils
+
+        encode = _utils.BoxCoder.encode_single
+        patch.setattr(_utils.BoxCoder, "encode_single", lambda s, a, b: seen.append(len(b)) or encode(s, a, b))
+        run(run.adapt(inputs))
+    assert seen == [inputs.args[0].numel()]
+
+
+def test_new_inputs_reach_what_a_provider_made_of_the_old():
+    # torchvision's lists and masks are copies: left as they were, its second check would be of the first draw.
+    for op in ("nms_mask", "rpn_loss", "decode_proposals"):
+        draws = Draws(Call(tiny(op), "forward", torch.float32), "cpu")
+        contestant = Contestant(Variant("torchvision", torch.float32, "contiguous"), draws, CpuClock())
+        before = listed(contestant())
+        draws.refresh()
+        contestant.refresh()
+        contestant.check()
+        assert not all(torch.equal(a, b) for a, b in zip(before, listed(contestant()), strict=True))
+
+
+def test_who_may_decide_otherwise():
+    # The rules are exact: nobody else is forgiven a label, and ours never.
+    forgiven = {(p, op) for op in OPS for p in ("triton", *BASELINES) if may_decide_otherwise(p, op)}
+    assert ("torchvision", "nms_mask") in forgiven and ("torchvision", "label_grid_anchors") not in forgiven
+    assert ("torch.compile", "label_anchors") in forgiven and not {p for p, _ in forgiven} & {"triton", "torch"}
 
 
 @pytest.mark.parametrize("op", ROI_OPS)

@@ -5,6 +5,7 @@ from synthetic import CEILINGS, ROOF_BYTES, mixed, row, save_pytest, save_study,
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.memory_plots import memory_curves, memory_plots
 from bench.plots import scaling_curves
 from bench.report import claims, write_report
 from bench.results import ResultsError, read_results
@@ -168,6 +169,54 @@ def test_sweeps_are_curves_and_no_claims(tmp_path):
     plots = write_report(tmp_path / "study", tmp_path / "out")[2:]
     assert "multiscale_roi_align-forward-scaling.png" in [p.name for p in plots]
     assert not scaling_curves("multiscale_roi_align", results.table().head(2))  # one point is no curve
+
+
+NO_ROOM = "out of memory (asked for 17.2 GiB)"
+
+
+def memory_rows():
+    """Torchvision's memory grows with objects and anchors, and does not suffice for a thousand objects."""
+    sizes = {"objects-1": 9, "objects-10": 12, "train": 900, "objects-100": 1800}
+    sizes |= {"image-400x672": 220, "image-1200x2016": 2000}
+    rows = []
+    for name, mib in sizes.items():
+        common = {"op": "label_grid_anchors", "workload": name}
+        rows.append(row("triton", 0.1, peak_memory_bytes=20 * 2**20, noise=0.01, **common))
+        rows.append(row("torchvision", 5.0, peak_memory_bytes=mib * 2**20, **common))
+    common = {"op": "label_grid_anchors", "workload": "objects-1000"}
+    rows.append(row("triton", 0.3, peak_memory_bytes=21 * 2**20, noise=0.01, **common))
+    return [*rows, without_time("torchvision", "failed", NO_ROOM, **common)]
+
+
+def test_memory_is_a_curve_with_its_end(tmp_path):
+    # The issue's complaint: what runs out has to stand in the figure, and nowhere as a number that nobody measured.
+    table = read_results(save_study(tmp_path / "study", memory_rows())).table()
+    curves = memory_curves("label_grid_anchors", table)
+    assert list(curves) == ["objects", "anchors"]
+    theirs = curves["objects"][curves["objects"]["provider"] == "torchvision"].sort_values("size")
+    assert list(theirs["size"]) == [1, 10, 50, 100, 1000]
+    assert list(theirs["mib"])[:4] == [9, 12, 900, 1800] and theirs["mib"].isna().sum() == 1
+    anchors = curves["anchors"][curves["anchors"]["provider"] == "torchvision"].sort_values("size")
+    assert dict(zip(anchors["label"], anchors["mib"], strict=True)) == {"67k": 220, "269k": 900, "604k": 2000}
+
+
+def test_out_of_memory_is_in_the_report(tmp_path):
+    # In the table, among the baselines that failed, and in the figure: a missing row would read as "not tried".
+    html, text, plots = report(tmp_path, memory_rows())
+    assert "label_grid_anchors-forward-memory.png" in plots
+    for words in (html, text):
+        assert NO_ROOM in words and "out of memory, asked for 17.2 GiB" in words
+        assert "label_grid_anchors, forward: peak memory of a call" in words
+        assert "1 baseline row red or failed" in words
+    assert "20.0 MiB" in text and "900.0 MiB" in text and ">out of memory<" in html
+
+
+def test_memory_is_drawn_only_where_it_is_known(tmp_path):
+    # A CPU does not count it, and a figure of nothing, or of one point, says nothing.
+    cpu = [{**r, "peak_memory_bytes": None} for r in memory_rows()]
+    for rows in (cpu, memory_rows()[4:6], mixed()):
+        table = read_results(save_study(tmp_path / "study", rows)).table()
+        assert not memory_plots(table)
 
 
 def test_environment_and_what_is_missing(tmp_path):

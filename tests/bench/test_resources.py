@@ -67,7 +67,7 @@ def test_every_kernel_is_compiled(rows, target):
 def test_exact_kernels_divide_as_ieee_does(rows, target):
     # That no fused and no fast operation is found would mean nothing if the search found none at all.
     found = {row.kernel.split("/")[0]: row.assembly for row in rows if row.target == target}
-    assert all(found[name].ieee_divisions for name in ("roi_geometry_kernel", "box_iou_kernel", "nms_mask_kernel"))
+    assert all(found[name].ieee_divisions for name in ("roi_geometry_kernel", "box_iou_kernel", "nms_words_kernel"))
     assert all(found[name].fma for name in ("roi_align_forward_kernel", "mask_bce_forward_kernel"))
     assert not any(row.fusion for row in rows)  # the sums ask for each of theirs
 

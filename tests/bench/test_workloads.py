@@ -5,12 +5,17 @@ import pytest
 import torch
 from tiny_workloads import TINY, tiny
 
-from bench.workloads import OPS, SUITES, WORKLOADS, Sizes, Workload, calls
+import kernels
+from bench.boxes import anchor_grid
+from bench.rpn_inputs import near_labels
+from bench.workloads import DTYPE_NAMES, OPS, RPN_OPS, SUITES, WORKLOADS, Sizes, Workload, calls
 
 
 def same(a, b):
     if isinstance(a, (list, tuple)):
         return all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, kernels.AnchorGrid):
+        return torch.equal(a.cells, b.cells) and (a.extents, a.strides) == (b.extents, b.strides)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -33,7 +38,7 @@ def test_a_fresh_draw_has_other_values_in_the_same_shapes(op):
     # After timing, other values go into the same tensors: equal ones would let a kept result pass.
     once, again = (tiny(op).build("cpu", torch.float32, fresh=n) for n in (0, 1))
     assert once.shapes() == again.shapes() and not same(once.args, again.args)
-    if op == "label_anchors":
+    if "label" in op:
         assert torch.equal(once.args[2], again.args[2])  # providers hold slices of the first `count` boxes
     once.overwrite(again)
     assert same(once.args, again.args)
@@ -45,8 +50,14 @@ FROZEN = {
     "joint_multiscale_roi_align": "906c8e19045e",
     "roi_align": "7e8d2c240bb3",
     "roi_align one-image": "1079d7ac6303",
-    "label_anchors": "adc58d4c63a6",
-    "box_iou": "b359d15e5890",
+    "label_anchors": "800ec4bc41be",
+    "label_grid_anchors": "d6406780bf34",
+    "box_iou": "a65d954a1e2e",
+    "box_iou anchors": "c7bf0e9bd48b",
+    "rpn_loss": "a647122d6a69",
+    "stable_topk": "c62c5f6cce14",
+    "decode_proposals": "951b6920e646",
+    "nms_mask": "33b229841d6a",
     "mask_bce_loss": "5ba62f238de3",
 }
 
@@ -70,6 +81,15 @@ def test_a_fingerprint_sees_boxes_and_sizes():
     changed = [Sizes(2, (512, 672), rois=6, channels=n, boxes=b) for n, b in ((3, "uniform"), (4, "clustered"))]
     prints = {Workload("roi_align", "tiny", "cpu", s).fingerprint for s in (sizes, *changed)}
     assert len(prints) == 3
+
+
+def test_a_fingerprint_sees_the_grid():
+    # Anchors that are made in the kernel are in no tensor: a map of another size would pass for the old one.
+    sizes = tiny("label_grid_anchors").sizes
+    changed = [Workload("label_grid_anchors", "tiny", "cpu", s) for s in (sizes, replace(sizes, image_size=(128, 164)))]
+    inputs = [w.build("cpu", torch.float32) for w in changed]
+    inputs[1].args = (inputs[1].args[0], *inputs[0].args[1:])
+    assert len({str((i.shapes(), i.numbers())) for i in inputs}) == 2
 
 
 def test_a_fingerprint_sees_how_many_bins_each_set_gets():
@@ -152,5 +172,66 @@ def test_the_canonical_sizes_are_those_the_floors_were_computed_for():
     anchors, gt_boxes, gt_count = train.build("cpu", torch.float32).args
     assert anchors.shape == (268_569, 4) and gt_boxes.shape == (16, 99, 4)
     assert gt_count.float().mean() == 50 and gt_count.min() == 1 and gt_count.max() == 99
+    train = next(w for w in WORKLOADS if (w.op, w.name) == ("label_grid_anchors", "train"))
+    grid, _, count = train.build("cpu", torch.float32).args
+    assert torch.equal(grid.anchors(), anchors) and torch.equal(count.msort(), gt_count.msort())
+    tall = next(w for w in WORKLOADS if (w.op, w.name) == ("box_iou", "anchors")).boxes_only(torch.float32)
+    assert [len(boxes) for boxes in tall.args] == [268_569, 100]
     maps = Workload("multiscale_roi_align", "slim", "cpu", Sizes(1, (800, 1344), rois=1, channels=1))
     assert sum(f.numel() for f in maps.build("cpu", torch.float32).args[0]) == 89_250
+
+
+@pytest.mark.parametrize("objects", [1, 30])
+def test_near_labels_are_the_labels(objects):
+    # A loss on made-up labels would gather another number of positives, from other places.
+    grid = anchor_grid((256, 320))
+    sizes = Sizes(1, (256, 320), objects=objects)
+    boxes = Workload("label_anchors", "near", "cpu", sizes).build("cpu", torch.float32).args[1][0]
+    boxes = torch.cat([boxes, boxes[:1]])  # a tie: the first takes the anchors
+    expected = kernels.label_grid_anchors(grid, boxes[None], torch.tensor([len(boxes)]), backend="torch")
+    labels, matched = near_labels(grid, boxes)
+    assert torch.equal(labels, expected[0][0]) and torch.equal(matched, expected[1][0].long())
+    assert {1, 0} <= set(labels.tolist())
+
+
+def test_slots_hold_a_draw_of_the_labels():
+    # The op promises nothing where an anchor is drawn twice; all positives or none would be another loss.
+    workload = tiny("rpn_loss")
+    logits, _, grid, boxes, matched, index, drawn, positive = workload.build("cpu", torch.float32).args
+    assert logits.shape == (3, len(grid)) and index.shape == (3, 32) and drawn.all()
+    for image in range(3):
+        count = int((boxes[image].abs().sum(1) > 0).sum())
+        labels, matches = near_labels(grid, boxes[image, :count])
+        assert torch.equal(matched[image].long(), matches)
+        assert len(index[image].unique()) == 32 and 0 < positive[image].sum() <= 16
+        assert torch.equal(labels[index[image]] == 1, positive[image]) and (labels[index[image]] >= 0).all()
+
+
+def test_a_map_without_enough_anchors_leaves_slots_empty():
+    # 45 anchors for 256 slots: what is not drawn must not look like a draw of anchor 0.
+    sizes = Sizes(1, (20, 20), objects=1, slots=256)
+    *_, index, drawn, positive = Workload("rpn_loss", "narrow", "cpu", sizes).build("cpu", torch.float32).args
+    number = int(drawn.sum())
+    assert 0 < number < 256 and drawn[0, :number].all() and len(index[0, :number].unique()) == number
+    assert not (positive & ~drawn).any()
+
+
+def test_groups_of_boxes_are_an_images_levels():
+    # The highest level has fewer anchors than are asked for: its group is not full, as in the model.
+    boxes, valid, threshold = (
+        next(w for w in WORKLOADS if (w.op, w.name) == ("nms_mask", "train")).build("cpu", torch.float32).args
+    )
+    assert boxes.shape == (80, 2000, 4) and threshold == 0.7
+    assert valid.view(16, 5, 2000).sum(-1).unique(dim=0).tolist() == [[2000, 2000, 2000, 2000, 819]]
+    assert not boxes[~valid].any() and (boxes[valid][:, 2:] > boxes[valid][:, :2]).all()
+    kept = kernels.nms_mask(boxes[:1, :500], valid[:1, :500], threshold, backend="torch").sum()
+    assert 100 < kept < 450  # neither everything nor a handful
+
+
+def test_the_word_rpn_selects_what_a_proposal_network_needs():
+    # `study --only rpn` is how a session on a GPU gets these rows alone.
+    found = {call.workload.op for call in calls("cuda") if "rpn" in call.words}
+    assert found == set(RPN_OPS) and {"label_grid_anchors", "rpn_loss", "nms_mask", "box_iou"} <= found
+    assert {c.workload.op for c in calls("cpu") if "rpn" in c.words} == found
+    types = {DTYPE_NAMES[d] for w in WORKLOADS if (w.op, w.suite) == ("rpn_loss", "train") for d in w.dtypes}
+    assert types == {"bf16", "fp32"}

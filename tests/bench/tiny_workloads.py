@@ -7,7 +7,12 @@ TINY = {
     "multiscale_roi_align": Sizes(2, (512, 672), rois=12, channels=3),
     "joint_multiscale_roi_align": Sizes(2, (512, 672), rois=9, mask_rois=4, channels=3),
     "box_iou": Sizes(2, (512, 672), rois=20, objects=4),
+    "label_grid_anchors": Sizes(3, (128, 160), objects=5, ragged=True),
     "label_anchors": Sizes(3, (128, 160), objects=5, ragged=True),
+    "rpn_loss": Sizes(3, (128, 160), objects=5, ragged=True, slots=32),
+    "stable_topk": Sizes(3, (128, 160), rois=20),
+    "decode_proposals": Sizes(3, (128, 160), rois=20),
+    "nms_mask": Sizes(2, (128, 160), rois=40, objects=3),
     "mask_bce_loss": Sizes(0, (512, 672), masks=3, classes=5, mask_size=8),
 }
 
