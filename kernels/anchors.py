@@ -15,7 +15,7 @@ MOST_ANCHORS = 1 << 24
 numbers in tuples, and would compile anew for many an image size.)"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnchorGrid:
     """Anchors ordered by (level, y, x, anchor of the cell), as torchvision's and detectron2's generators order them.
 
@@ -38,6 +38,8 @@ class AnchorGrid:
         check_tensor(self.cells, "cells", 3, last=4)
         if self.cells.dtype != torch.float32:
             raise TypeError(f"cells must be float32, got {self.cells.dtype}")
+        if len(self.cells) == 0:
+            raise ValueError("cells must have at least one level")
         if not len(self.cells) == len(self.extents) == len(self.strides):
             raise ValueError(
                 f"cells, extents and strides must have one entry a level, got {len(self.cells)}, {len(self.extents)} "
@@ -46,7 +48,7 @@ class AnchorGrid:
         for name, pairs in (("extents", self.extents), ("strides", self.strides)):
             if any(len(pair) != 2 for pair in pairs):
                 raise ValueError(f"{name} must be pairs (of y, of x), got {pairs}")
-            if not all(isinstance(n, int | torch.SymInt) for pair in pairs for n in pair):
+            if not all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for pair in pairs for n in pair):
                 raise TypeError(f"{name} must be whole numbers, got {pairs}")
             if any(n < 0 for pair in pairs for n in pair):
                 raise ValueError(f"{name} must not be negative, got {pairs}")
@@ -79,7 +81,7 @@ class AnchorGrid:
             y, x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack([x, y, x, y], dim=-1)
             levels.append((shifts[:, :, None] + cell).reshape(-1, 4))
-        return torch.cat(levels) if levels else self.cells.new_zeros(0, 4)
+        return torch.cat(levels)
 
 
 def kernel_arguments(cells: Tensor, extents: list[int], strides: list[int]) -> tuple:

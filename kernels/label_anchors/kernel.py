@@ -11,7 +11,7 @@ from ..device import load_boxes
 from .kernel_tiles import INF, find_objects, hull_of, iou_or_inf, load_grid_tile, load_gt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_gt"])  # it changes from batch to batch
 def label_anchors_kernel(
     anchors_ptr,  # [A, 4] fp32, given; an image's own begin anchors_stride later. Or a grid's cells, [L, k, 4]
     gt_ptr,  # [B, G, 4] fp32

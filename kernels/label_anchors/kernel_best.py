@@ -14,8 +14,8 @@ def _near(low, high, cells_low, cells_high, stride, number):
     first = tl.floor(divide(low - cells_high, safe)) - 1
     last = tl.ceil(divide(high - cells_low, safe)) + 1
     known = (stride > 0) & (cells_high < INF) & (cells_low > -INF)
-    end = (number - 1).to(tl.float32)
-    first = tl.where(known, tl.minimum(tl.maximum(first, 0.0), end), 0.0)
+    end = (number - 1).to(tl.float32)  # -1 on a level without cells
+    first = tl.where(known, tl.maximum(tl.minimum(first, end), 0.0), 0.0)
     last = tl.where(known, tl.minimum(tl.maximum(last, 0.0), end), end)
     return first.to(tl.int32), last.to(tl.int32)
 
@@ -48,7 +48,7 @@ def _bound(x1, y1, x2, y2, gt_area, heights, widths, strides_y, strides_x):
     return tl.where(proper, ratio * 1.0001, INF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_gt"])
 def best_iou_with_grid_kernel(
     cells_ptr,  # [L, k, 4] fp32
     gt_ptr,  # [B, G, 4] fp32
@@ -112,7 +112,7 @@ def best_iou_with_grid_kernel(
     tl.store(best_ptr + image * num_gt + g, best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_gt"])
 def best_iou_with_anchors_kernel(
     anchors_ptr,  # [A, 4] fp32; an image's own begin anchors_stride later
     gt_ptr,  # [B, G, 4] fp32
@@ -126,8 +126,9 @@ def best_iou_with_anchors_kernel(
 ):
     """Raises the best IoUs of one image's GTs to those with TILE_W anchors.
 
-    The order does not matter to a maximum: the result is the same in every run. Numbers that are not negative have the
-    order of their bits, so the atomic is one on whole numbers, which every GPU has.
+    The order does not matter to a maximum: the result is the same in every run. IoUs are not negative (and never -0.0,
+    see `divide_areas`), so they have the order of their bits, and the atomic is one on whole numbers, which every GPU
+    has.
     """
     image = tl.program_id(1).to(tl.int64)
     anchor = tl.program_id(0) * TILE_W + tl.arange(0, TILE_W)
@@ -143,6 +144,6 @@ def best_iou_with_anchors_kernel(
         while g < num_gt:
             gx1, gy1, gx2, gy2 = load_gt(gt_ptr, g)
             iou = iou_or_inf(ax1, ay1, ax2, ay2, gx1, gy1, gx2, gy2)
-            best = tl.max(tl.where(exists, iou, 0.0)) + 0.0  # -0.0, as bits, would be the least of all
+            best = tl.max(tl.where(exists, iou, 0.0))
             tl.atomic_max(best_ptr + image * num_gt + g, best.to(tl.int32, bitcast=True), sem="relaxed")
             g = tl.min(tl.where(near & (slot > g), slot, num_gt))

@@ -110,6 +110,6 @@ def find_objects(gt_ptr, slot, count, left, top, right, bottom, least, most):
     # The union of two areas, one of them positive, is 0 or NaN only where the other is negative or not finite.
     proper = (area >= 0) & (area < INF)
     apart = (x1 >= right) | (x2 <= left) | (y1 >= bottom) | (y2 <= top)
-    ratio = divide(tl.minimum(area, most), tl.maximum(tl.maximum(area, least), 1e-30))
+    ratio = divide(tl.minimum(area, most), tl.maximum(area, least))  # 0/0, that of a spoilt tile, is below nothing
     bound = tl.where(proper & (area * 0 + most < INF), ratio * 1.0001, INF)
     return is_object, is_object & ~(apart & proper), bound

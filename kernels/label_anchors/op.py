@@ -43,7 +43,7 @@ def label_anchors(
         gt_boxes: [B, G, 4] fp32 xyxy, padded; a box that is not finite is no object (torchvision would make every
             anchor positive).
         gt_count: [B] integers: slots 0..count-1 hold boxes. Clamped to G.
-        high_threshold, low_threshold: with low <= high.
+        high_threshold, low_threshold: with 0 <= low <= high.
         low_inclusive: an IoU of exactly `low_threshold` is background, not ignored (some implementations write
             "IoU <= 0.3"); where both thresholds are one number it is positive either way.
         require_overlap: the low-quality rule holds only for objects whose best IoU is above 0, as in NVIDIA's Mask
@@ -113,8 +113,8 @@ def _check(anchors: Tensor, number: int, gt_boxes: Tensor, gt_count: Tensor, hig
     if gt_count.shape != gt_boxes.shape[:1]:
         raise ValueError(f"gt_count must have shape [{gt_boxes.shape[0]}], got {tuple(gt_count.shape)}")
     check_same_device(anchors=anchors, gt_boxes=gt_boxes, gt_count=gt_count)
-    if not low <= high:
-        raise ValueError(f"low_threshold {low} must not exceed high_threshold {high}")
+    if not 0 <= low <= high:
+        raise ValueError(f"thresholds must be 0 <= low <= high, got low_threshold {low} and high_threshold {high}")
     if number > MOST_ANCHORS:
         raise ValueError(f"at most {MOST_ANCHORS} anchors an image, got {number}")
 
@@ -177,8 +177,8 @@ def _tile_shape(extents: list[int], per_cell: int) -> tuple[int, int]:
 
 
 def _blocks(num_gt: int) -> int:
-    """GTs that a tile looks at together: most images in one go, one a thread."""
-    return min(next_power_of_2(num_gt), tile(128, 4096))
+    """GTs that a tile looks at together: most images in one go, one a thread. Of few sizes: each is compiled apart."""
+    return min(max(next_power_of_2(num_gt), 32), tile(128, 4096))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::label_grid_anchors", mutates_args=())

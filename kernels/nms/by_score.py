@@ -65,6 +65,11 @@ def batched_nms(
     return _nms(boxes, scores, idxs, iou_threshold, max_output, backend)
 
 
+def _by_falling(scores: Tensor) -> Tensor:
+    """Indices of the scores, largest first, NaN before all, ties in order: on every device also -0.0 and 0.0."""
+    return torch.where(scores == 0, 0.0, scores).sort(descending=True, stable=True).indices
+
+
 def _nms(
     boxes: Tensor, scores: Tensor, idxs: Tensor | None, threshold: float, max_output: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -75,7 +80,7 @@ def _nms(
     backend = choose_backend(backend, boxes)
     if backend == "torchvision":
         return _torchvision(boxes, scores, idxs, float(threshold), size)
-    order = scores.sort(descending=True, stable=True).indices
+    order = _by_falling(scores)
     keep = nms_mask(
         boxes[order][None],
         torch.ones_like(order, dtype=torch.bool)[None],
@@ -117,7 +122,7 @@ def _torchvision(
     from torchvision import ops
 
     if scores.dtype == torch.float64:  # it wants the boxes' dtype: their order, then
-        order = scores.sort(descending=True, stable=True).indices
+        order = _by_falling(scores)
         scores = boxes.new_empty(len(order)).scatter(0, order, -torch.arange(len(order), device=boxes.device).float())
     scores = scores.float()
     found = ops.nms(boxes, scores, threshold) if idxs is None else ops.batched_nms(boxes, scores, idxs, threshold)

@@ -8,10 +8,11 @@ from ..device import intersection_over_union, load_boxes
 
 @triton.jit
 def _survey(boxes_ptr, valid_ptr, index, n):
-    """Whether any of the boxes is valid; whether any of those has a NaN, or hardly an area: too little to divide by."""
+    """Whether any of the boxes is valid; whether any of those has no area that `reference.screen` holds for."""
     x1, y1, x2, y2 = load_boxes(boxes_ptr, index, index < n, tl.float32)
     valid = tl.load(valid_ptr + index, index < n, 0).to(tl.int32)
-    return tl.max(valid, 0), tl.max(tl.where((x2 - x1) * (y2 - y1) > 1e-9, 0, valid), 0)
+    area = (x2 - x1) * (y2 - y1)
+    return tl.max(valid, 0), tl.max(tl.where((area > 1e-9) & (area < 1e38), 0, valid), 0)
 
 
 @triton.jit

@@ -18,12 +18,13 @@ def round_down(threshold: float) -> float:
 
 
 def screen(threshold: float) -> tuple[float, float]:
-    """(share, slack): what the kernel compares before it divides, for boxes of areas A, B > 1e-9 and intersection I.
+    """(share, slack): what the kernel compares before it divides, for boxes of areas A, B between 1e-9 and 1e38,
+    whose sum does not overflow, and intersection I.
 
     I / (A + B - I) is above t where I is above t / (1 + t) of A + B. The fp32 IoU, its division included, is off by at
     most 4 roundings, the comparison by 5; a margin of 128 (2^-17 relative in t) is beyond both. So it is above
-    `threshold` where I > share * (A + B) in fp32, and is not where I <= slack * share * (A + B); only in between, one
-    pair in some ten thousand, does the quotient have to be computed.
+    `threshold` where I > share * (A + B) in fp32, and is not where I <= slack * share * (A + B); only in between, for
+    very few pairs, does the quotient have to be computed.
     """
     if threshold < 0:
         return 1.0, -1.0  # the sign of a quotient decides: the kernel computes them all

@@ -23,8 +23,9 @@ def topk_keys_kernel(
 
     As fp32, floats that are not negative are ordered as their bits are as integers, negative ones the other way round.
     """
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(number, BLOCK)  # rows and blocks on one axis: the others of a grid end at 65,535
+    index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     mask = index < number
     value = tl.load(values_ptr + row * stride_b + index.to(tl.int64) * stride_n, mask, 0.0).to(tl.float32)
     value = tl.where(value != value, float("-inf"), value)

@@ -132,7 +132,7 @@ def _keys(values: Tensor) -> Tensor:
     batch, number = values.shape
     block = min(next_power_of_2(number), tile(1024, 1 << 16))
     launch(
-        topk_keys_kernel, (-(-number // block), batch), values, keys, number, *values.stride(),
+        topk_keys_kernel, (batch * -(-number // block),), values, keys, number, *values.stride(),
         BLOCK=block, device=values.device,
     )  # fmt: skip
     return keys

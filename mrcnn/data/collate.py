@@ -96,8 +96,9 @@ def targets_from_lists(targets: Sequence[dict], max_objects: int | None = None) 
         ValueError: a box is not finite. On the device such a box would be no object, without a word.
     """
     for number, target in enumerate(targets):
-        if not target["boxes"].isfinite().all():
-            raise ValueError(f"boxes must be finite; image {target.get('image_id', number)} has NaN or inf among them")
+        if not target["boxes"].float().isfinite().all():
+            name = int(target.get("image_id", number))
+            raise ValueError(f"boxes must be finite; image {name} has NaN or inf among them")
     kept = [_keep(target, max_objects) for target in targets]
     slots = max_objects or max(1, *(len(labels) for _, labels, _, _ in kept))
     device = targets[0]["labels"].device

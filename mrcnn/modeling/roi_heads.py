@@ -53,7 +53,10 @@ class RoISampler(nn.Module):
 
     @torch.no_grad()
     def forward(self, proposals: Tensor, valid: Tensor, targets: Targets) -> RoISample:
-        """Proposals [B, N, 4] and valid [B, N] -> roi_samples RoIs an image, or N + G where there are fewer."""
+        """Proposals [B, N, 4] and valid [B, N] -> roi_samples RoIs an image, or N + G where there are fewer.
+
+        Matching is torchvision's, where an IoU of 0/0, of two boxes without area, is positive.
+        """
         config = self.config
         boxes = torch.cat([proposals, targets.boxes], dim=1)
         valid = torch.cat([valid, targets.valid], dim=1)

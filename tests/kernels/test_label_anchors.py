@@ -220,7 +220,9 @@ def test_the_matrix_is_never_formed(device):
         ({"gt_count": torch.tensor([1, 2])}, ValueError, r"gt_count must have shape \[1\]"),
         ({"gt_count": torch.tensor([1.0])}, TypeError, "gt_count must be an int32 or int64"),
         ({"gt_count": torch.zeros(1, device="meta").int()}, ValueError, "all tensors must be on one device"),
-        ({"low_threshold": 0.8}, ValueError, "must not exceed high_threshold"),
+        ({"low_threshold": 0.8}, ValueError, "0 <= low <= high, got low_threshold 0.8"),
+        ({"low_threshold": -0.1}, ValueError, "0 <= low <= high"),
+        ({"high_threshold": float("nan")}, ValueError, "0 <= low <= high"),
     ],
 )
 def test_bad_arguments(change, error, message):

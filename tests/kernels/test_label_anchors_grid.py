@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import box_iou
 
 from kernels import AnchorGrid, label_anchors, label_grid_anchors
 from kernels.label_anchors import op
+from kernels.runtime import record_launches
 
 # Three levels of unequal extents, cells that are no squares, strides that differ by axis, as where 100 / 8 is rounded.
 CELLS = torch.tensor([[-6.0, -3, 6, 3], [-4, -4, 4, 4], [-3, -6, 3, 6]])
@@ -35,6 +37,18 @@ def check(grid, gt_boxes, gt_count, device, **options):
     return labels, matched
 
 
+@pytest.fixture(params=["whole levels", "small tiles"])
+def tiles(request, monkeypatch):
+    """Tiles as large as the interpreter's, and small ones: a search ends, and a tile is passed over, inside a level."""
+    if request.param == "small tiles":
+        small_tiles(monkeypatch)
+
+
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(op, "_tile_shape", lambda extents, per_cell: (2, 4))
+    monkeypatch.setattr(op, "_blocks", lambda num_gt: 2)
+
+
 def best_ious(grid, gt_boxes, gt_count, device):
     """[B, G] as both forms of the op find them, and as the matrix has them: 0/0 counts as infinite, no object as 0."""
     count = torch.tensor(gt_count, dtype=torch.int32)
@@ -58,7 +72,7 @@ def test_is_the_given_anchors_labels(tile, device, monkeypatch):
     assert set(labels.unique().tolist()) == {-1, 0, 1}
 
 
-def test_best_ious_are_the_matrixs_maxima(device):
+def test_best_ious_are_the_matrixs_maxima(tiles, device):
     # Every size and place: inside, across borders, outside the image, larger than all of it, smaller than a pixel.
     sizes = torch.tensor([0.4, 3, 9, 20, 45, 300])
     gt = objects(1, 24, extent=40) - 4
@@ -69,7 +83,7 @@ def test_best_ious_are_the_matrixs_maxima(device):
     assert (wanted == 0).any() and (wanted > 0.5).any()
 
 
-def test_search_ends_only_where_nothing_better_can_be(device):
+def test_search_ends_only_where_nothing_better_can_be(tiles, device):
     # Objects that fit a coarse level's anchors by size but lie at its border, where a finer level has the better one.
     # The last one lies between four of the anchors that fit it best, and around a smaller one.
     gt = torch.tensor([[[0.0, 0, 5, 5], [26, 18, 33, 27], [-40, -40, 3, 3], [0, 0, 31, 2], [-2.1, -2.1, 10.1, 10.1]]])
@@ -77,16 +91,46 @@ def test_search_ends_only_where_nothing_better_can_be(device):
     assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted)
 
 
-def test_anchors_that_rounding_moves(device):
+def test_anchors_that_rounding_moves(tiles, device):
     # Far from 0 an anchor of a few hundredths of a pixel is rounded to a grid of its own size: its area is not its
-    # cell's, and the bound by areas must allow for that.
-    cells = torch.tensor([[[-0.02, -0.02, 0.02, 0.02], [-0.05, -0.05, 0.05, 0.05]]])
-    grid = AnchorGrid(cells, ((2, 3),), ((4096, 4096),))
+    # cell's, and the bound by areas must allow for that, or a level whose cells seem too small is left out.
+    cells = torch.tensor([[[-0.02, -0.02, 0.02, 0.02]], [[-0.0234, -0.0234, 0.0234, 0.0234]]])
+    grid = AnchorGrid(cells, ((1, 20), (1, 20)), ((4096, 4096),) * 2)
     anchors = grid.anchors()
-    assert len(((anchors[:, 2:] - anchors[:, :2]).prod(1)).unique()) > 2
-    gt = torch.cat([anchors[:5], anchors[3:7] + 0.01])[None]
-    by_grid, by_anchors, wanted = best_ious(grid, gt, [9], device)
+    assert len((anchors[:, 2:] - anchors[:, :2]).prod(1).unique()) > 4
+    gt = anchors[::4][None]
+    by_grid, by_anchors, wanted = best_ious(grid, gt, [gt.shape[1]], device)
     assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted)
+
+
+def test_an_anchor_that_rounding_flattens(device, monkeypatch):
+    # The cell has an area, the anchor far from 0 has none: 0/0 with an object without one, wherever both lie.
+    small_tiles(monkeypatch)
+    grid = AnchorGrid(torch.tensor([[[-1e-5, -1e-5, 1e-5, 1e-5]]]), ((1, 900),), ((1, 1),))
+    by_grid, by_anchors, wanted = best_ious(grid, torch.tensor([[[1.0, 1, 1, 9]]]), [1], device)
+    assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted) and wanted.isinf().all()
+
+
+def test_areas_too_small_to_divide_by(device):
+    # Areas whose product with anything underflows still have IoUs of 1/2.
+    grid = AnchorGrid(torch.tensor([[[0.0, 0, 1e-16, 1e-16], [0, 0, 2e-16, 1e-16]]]), ((1, 1),), ((0, 0),))
+    labels, _ = check(grid, grid.cells[:, :1], [1], device)
+    assert labels.tolist() == [[1, -1]]
+    labels, _ = check(
+        grid, grid.cells[:, :1], [1], device, high_threshold=0.5, low_threshold=0.5, allow_low_quality_matches=False
+    )
+    assert labels.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("extent", [(0, 5), (5, 0), (0, 0)])
+def test_level_without_cells(extent, device):
+    # Its anchors would fit this object best: they must not be made up.
+    cells = torch.tensor([[[-4.0, -4, 4, 4]], [[-8, -8, 8, 8]]])
+    grid = AnchorGrid(cells, ((4, 4), extent), ((4, 4), (8, 8)))
+    gt = torch.tensor([[[-4.0, -14, 12, 2]]])
+    labels, _ = check(grid, gt, [1], device)
+    by_grid, by_anchors, wanted = best_ious(grid, gt, [1], device)
+    assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted) and (labels == 1).any()
 
 
 def test_cells_and_objects_without_area(device):
@@ -103,7 +147,7 @@ def test_cells_and_objects_without_area(device):
     assert wanted.isinf().any()
 
 
-def test_negative_area_that_cancels_an_anchors(device):
+def test_negative_area_that_cancels_an_anchors(tiles, device):
     # A box with its edges swapped, far from everything, whose area is minus an anchor's: 0/0 all the same.
     gt = torch.tensor([[[100.0, 100, 112, 94], [3, 3, 9, 8]]])
     labels, matched = check(GRID, gt, [2], device)
@@ -124,7 +168,7 @@ def test_object_that_is_not_finite_is_none(device):
 
 
 def test_more_objects_than_a_tile_looks_at_together(device, monkeypatch):
-    # On a GPU 32 at a time: the first object, the claims and the order of ties go across those groups.
+    # On a GPU 128 at a time: the first object, the claims and the order of ties go across those groups.
     monkeypatch.setattr(op, "_blocks", lambda num_gt: 2)
     gt = objects(1, 7)
     gt[0, 3] = gt[0, 5] = gt[0, 6]
@@ -183,16 +227,34 @@ def test_every_images_own_anchors(device):
     assert torch.equal(low_quality[0].cpu(), others[0]) and torch.equal(low_quality[1].cpu(), others[1])
 
 
-def test_training_size_makes_no_tensor_per_pair():
-    # What the op allocates beside its outputs is one number an object.
-    outputs = op._outputs(torch.zeros(2, 7, 4), 1000, True)
-    assert [t.shape for t in outputs] == [(2, 1000), (2, 1000), (2, 7)]
+def test_memory_at_training_size():
+    # 268,569 anchors, 1000 objects: nothing is allocated but the results and a number an object. torchvision's matrix
+    # alone is a gigabyte, an image. (Launches are recorded: nothing runs.)
+    class Allocated(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if not any(out is a for a in args):
+                self.bytes += sum(
+                    t.numel() * t.element_size() for t in (out if isinstance(out, (list, tuple)) else [out])
+                )
+            return out
+
+    extents = ((200, 336), (100, 168), (50, 84), (25, 42), (13, 21))
+    grid = AnchorGrid(torch.zeros(5, 3, 4), extents, [(4 << level, 4 << level) for level in range(5)])
+    gt, count = torch.zeros(2, 1000, 4), torch.zeros(2, dtype=torch.int32)
+    with record_launches(), Allocated() as allocated:
+        op._label_grid._init_fn(*grid.flat(), gt, count, 0.7, 0.3, True, False, False)
+    results = 2 * 268_569 * (1 + 4)
+    assert results <= allocated.bytes <= results + 2**20
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: AnchorGrid(CELLS, GRID.extents, GRID.strides), ValueError, "cells must have 3 dimensions"),
+        (lambda: AnchorGrid(GRID.cells[:0], (), ()), ValueError, "at least one level"),
         (lambda: AnchorGrid(GRID.cells.half(), GRID.extents, GRID.strides), TypeError, "cells must be float32"),
         (lambda: AnchorGrid(GRID.cells, GRID.extents[:2], GRID.strides), ValueError, "a level, got 3, 2 and 3"),
         (lambda: AnchorGrid(GRID.cells, ((7, -9), (4, 5), (2, 3)), GRID.strides), ValueError, "must not be negative"),

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from model_inputs import TINY, random_boxes, shapes_batch
 
+from mrcnn.data.collate import targets_from_lists
 from mrcnn.modeling.detections import BoxSelection
 from mrcnn.modeling.mask_losses import MaskLoss
 from mrcnn.modeling.roi_heads import BoxLoss, RoIPool, RoISample, RoISampler
@@ -31,6 +32,19 @@ def test_rois_are_matched_and_positives_come_first():
             assert torchvision.ops.box_iou(rois.boxes[b, s][None], t.boxes[b, g][None]) >= 0.5
         background = rois.boxes[b, rois.labels[b] == 0]
         assert len(background) == min(int(t.count[b]), 9) and (background[:, 0] >= 500).all()
+
+
+def test_an_object_without_area_matches_itself():
+    # 0/0 with itself, which torchvision's Matcher calls positive: the object, added as a proposal, keeps its class.
+    masks, labels = torch.ones(2, 100, 100, dtype=torch.uint8), torch.tensor([3, 2])
+    boxes = torch.tensor([[5.0, 5, 5, 20], [30, 30, 50, 60]])
+    targets = targets_from_lists([{"boxes": boxes, "labels": labels, "masks": masks}])
+    proposals, valid = torch.tensor([[[70.0, 70, 90, 90]]]), torch.ones(1, 1, dtype=torch.bool)
+    rois = RoISampler(dataclasses.replace(TINY, roi_samples=8))(proposals, valid, targets)
+    iou = torchvision.ops.box_iou(boxes, torch.cat([proposals[0], boxes]))
+    wanted = torchvision.models.detection._utils.Matcher(0.5, 0.5)(iou)
+    assert wanted.tolist() == [-1, 0, 1]
+    assert sorted(rois.labels[0, :3].tolist()) == [0, 2, 3]
 
 
 def test_empty_slots_repeat_the_other_rois():
