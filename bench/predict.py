@@ -98,7 +98,8 @@ def prediction_table(predictions: Iterable[Prediction]) -> Table:
         f"Instructions of warps at {SCHEDULERS * HERTZ / 1e12:.3f}e12/s, those of the longest program at "
         f"{HERTZ / 1e9:.2f}e9/s, the bytes of the DRAM floor at {DRAM_BYTES_PER_S / 1e12:.1f}e12/s. The slowest bounds "
         "the kernel: the floor's share of it is the most that % of roof can become; an op's lesser kernels have no "
-        "floor of their own. Left out: latency, bytes read again, tensor cores, clearing gradients, and RoIAlign's "
+        "floor of their own. Left out: latency, bytes read again, tensor cores, clearing gradients, the kernels of "
+        "stable_topk and decode_proposals, and RoIAlign's "
         "kernels for geometry and lists (about 0.02 ms of a backward by the same count)."
     )
     table = Table(title=title, caption=how)

@@ -1,7 +1,8 @@
 """Detection ops as Triton kernels, each beside its plain PyTorch reference.
 
     from kernels import joint_multiscale_roi_align, multiscale_roi_align, roi_align, use_backend
-    from kernels import box_iou, generalized_box_iou, label_anchors, mask_bce_loss, nms_mask
+    from kernels import AnchorGrid, label_anchors, label_grid_anchors, rpn_loss, stable_topk, decode_proposals
+    from kernels import batched_nms, nms, nms_mask, box_iou, generalized_box_iou, mask_bce_loss
 
 The folder has no imports from outside but torch (triton and torchvision where they are installed) and uses
 relative imports only, so a project can copy it under another name. Every op takes
@@ -13,7 +14,7 @@ Under `torch.autocast` every op gives, on every backend, the bits and the dtype 
 | --- | --- | --- | --- |
 | the three RoIAligns | features of any floating dtype | fp32 coordinates and sums | their dtype |
 | `box_iou`, `generalized_box_iou` | boxes of any floating dtype | fp32 | fp32 |
-| `label_anchors`, `nms_mask` | fp32 boxes only: a half type is a TypeError | fp32 | integers; bool |
+| `label_anchors`, `label_grid_anchors`, `nms_mask` | fp32 boxes: a half type is a TypeError | fp32 | integers; bool |
 | `nms`, `batched_nms` | boxes of any floating dtype but fp64, scores of any | fp32 | integers |
 | `mask_bce_loss` | logits of any floating dtype | fp32 | fp32 |
 | `rpn_loss` | logits and deltas of any floating dtype, fp32 boxes | fp32 | fp32 |

@@ -22,7 +22,7 @@ class AnchorGrid:
     Anchor (l, y, x, a) is `cells[l, a]` moved by (x * stride_x, y * stride_y) of its level, in fp32.
 
     Args:
-        cells: [L, k, 4] fp32 xyxy in pixels, relative to the cell's origin.
+        cells: [L, k, 4] fp32 xyxy in pixels, relative to the cell's origin, on the device of the other arguments.
         extents: (H_l, W_l) of the L feature maps.
         strides: (stride_y, stride_x) of each level in pixels, whole numbers.
 
@@ -46,10 +46,10 @@ class AnchorGrid:
                 f"and {len(self.strides)}"
             )
         for name, pairs in (("extents", self.extents), ("strides", self.strides)):
-            if any(len(pair) != 2 for pair in pairs):
-                raise ValueError(f"{name} must be pairs (of y, of x), got {pairs}")
+            if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+                raise ValueError(f"{name} must be pairs, (of y, of x) for each level, got {pairs}")
             if not all(isinstance(n, int | torch.SymInt) and not isinstance(n, bool) for pair in pairs for n in pair):
-                raise TypeError(f"{name} must be whole numbers, got {pairs}")
+                raise TypeError(f"{name} must be Python's whole numbers, got {pairs}")
             if any(n < 0 for pair in pairs for n in pair):
                 raise ValueError(f"{name} must not be negative, got {pairs}")
 

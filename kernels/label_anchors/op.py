@@ -57,6 +57,8 @@ def label_anchors(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device, too many anchors, or thresholds out of order.
     """
+    if isinstance(anchors, AnchorGrid):
+        raise TypeError("anchors must be a tensor, got an AnchorGrid: use label_grid_anchors")
     options = (high_threshold, low_threshold, allow_low_quality_matches, low_inclusive, require_overlap)
     if not isinstance(anchors, Tensor) or anchors.ndim != 3:
         check_tensor(anchors, "anchors", 2, last=4)
@@ -98,7 +100,7 @@ def label_grid_anchors(
         TypeError, ValueError: as `label_anchors`.
     """
     if not isinstance(grid, AnchorGrid):
-        raise TypeError(f"grid must be an AnchorGrid, got {type(grid).__name__}")
+        raise TypeError(f"grid must be an AnchorGrid, got {type(grid).__name__}; for a tensor use label_anchors")
     _check(grid.cells, len(grid), gt_boxes, gt_count, high_threshold, low_threshold)
     options = (high_threshold, low_threshold, allow_low_quality_matches, low_inclusive, require_overlap)
     return _run(grid, gt_boxes, gt_count, options, backend)
@@ -109,10 +111,14 @@ def _check(anchors: Tensor, number: int, gt_boxes: Tensor, gt_count: Tensor, hig
     if anchors.dtype != torch.float32 or gt_boxes.dtype != torch.float32:
         raise TypeError(f"anchors and gt_boxes must be float32, got {anchors.dtype} and {gt_boxes.dtype}")
     if not isinstance(gt_count, Tensor) or gt_count.dtype not in (torch.int32, torch.int64):
-        raise TypeError("gt_count must be an int32 or int64 tensor")
+        got = gt_count.dtype if isinstance(gt_count, Tensor) else type(gt_count).__name__
+        raise TypeError(f"gt_count must be an int32 or int64 tensor, the number of boxes of each image, got {got}")
     if gt_count.shape != gt_boxes.shape[:1]:
         raise ValueError(f"gt_count must have shape [{gt_boxes.shape[0]}], got {tuple(gt_count.shape)}")
     check_same_device(anchors=anchors, gt_boxes=gt_boxes, gt_count=gt_count)
+    for name, value in (("high_threshold", high), ("low_threshold", low)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 <= low <= high:
         raise ValueError(f"thresholds must be 0 <= low <= high, got low_threshold {low} and high_threshold {high}")
     if number > MOST_ANCHORS:

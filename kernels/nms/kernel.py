@@ -98,7 +98,7 @@ def _settle(free, suppressed, lane):
     """Which of 32 boxes, a bit each, greedy NMS keeps of those that are free: [32] words say what each suppresses.
 
     The fixed point of "kept unless a kept, better box suppresses me": the first i boxes are right after i rounds, and
-    in practice all are after a few.
+    all should be after a few.
     """
     suppressed = suppressed & (-2 << lane)  # worse boxes only
     kept = free

@@ -39,7 +39,7 @@ def nms_mask(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | No
     """See `op.nms_mask`: [G, n, 4] fp32, [G, n] bool, integers [G, n] or None -> [G, n] bool.
 
     Greedy NMS is the fixed point of "kept unless a kept, better box overlaps me": the first i boxes are settled
-    after i rounds, and in practice all are after a few.
+    after i rounds, and all should be after a few.
     """
     suppresses = (box_iou(boxes, boxes) > round_down(threshold)).triu_(1)  # [G, better, worse]
     if groups is not None:

@@ -58,6 +58,22 @@ def from_torchvision(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _check_targets(images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
+    """What torchvision's models refuse, too. (An image at a time: its lists make the host wait anyway.)"""
+    if targets is None:
+        raise ValueError("targets must be given in training mode")
+    if len(targets) != len(images):
+        raise ValueError(f"{len(images)} images, but {len(targets)} targets")
+    for number, target in enumerate(targets):
+        boxes = target["boxes"]
+        wrong = ~(boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        if wrong.any():
+            raise ValueError(
+                f"boxes must be x1, y1, x2, y2 with positive width and height; image {number} has "
+                f"{boxes[wrong][0].tolist()}"
+            )
+
+
 class TorchvisionMaskRCNN(nn.Module):
     """`model(images, targets)` with lists, as torchvision's detection models take and return them.
 
@@ -86,10 +102,10 @@ class TorchvisionMaskRCNN(nn.Module):
         """Losses in training mode, detections in evaluation mode.
 
         Raises:
-            ValueError: no targets in training mode.
+            ValueError: no targets in training mode, or a box that is not finite or has no positive width and height.
         """
-        if self.training and targets is None:
-            raise ValueError("targets must be given in training mode")
+        if self.training:
+            _check_targets(images, targets)
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
         sizes = torch.tensor(batch.image_sizes, device=batch.tensors.device)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection._utils import Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou
 
 from kernels import AnchorGrid, label_anchors, label_grid_anchors
@@ -62,6 +65,29 @@ def best_ious(grid, gt_boxes, gt_count, device):
     return by_grid.cpu(), by_anchors.cpu(), wanted
 
 
+def test_in_place_of_torchvisions_in_its_own_rpn(device):
+    # The recipe of the README: a grid of its AnchorGenerator's cells, ground truth padded; 61 x 90 pixels, so that
+    # strides are no powers of two. What its RPN would assign, an image at a time.
+    generator = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
+    rpn = RegionProposalNetwork(
+        generator, RPNHead(4, 3), 0.7, 0.3, 256, 0.5, {"training": 9, "testing": 9}, {"training": 9, "testing": 9}, 0.7
+    )
+    features = [torch.zeros(2, 4, -(-61 // side), -(-90 // side)) for side in (8, 16, 32)]
+    anchors = generator(ImageList(torch.zeros(2, 3, 61, 90), [(61, 90)] * 2), features)
+    boxes = [objects(5, extent=60), objects(2, extent=60, largest=60)]
+    sizes = [feature.shape[-2:] for feature in features]
+    strides = [(61 // h, 90 // w) for h, w in sizes]
+    grid = AnchorGrid(torch.stack(generator.cell_anchors).to(device), sizes, strides)
+    gt = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
+    labels, matched = (
+        t.cpu() for t in label_grid_anchors(grid, gt.to(device), torch.tensor([5, 2], device=device), backend="triton")
+    )
+    wanted, assigned = rpn.assign_targets_to_anchors(anchors, [{"boxes": b} for b in boxes])
+    for ours, theirs, match, of_image, box in zip(labels, wanted, matched, assigned, boxes, strict=True):
+        assert torch.equal(ours.float(), theirs)
+        assert torch.equal(box[match[ours == 1].long()], of_image[ours == 1]) and (ours == 1).any()
+
+
 @pytest.mark.parametrize("tile", [None, (4, 8)])
 def test_is_the_given_anchors_labels(tile, device, monkeypatch):
     # Whole levels in one tile, and tiles of 4 cells by 8 anchors, which end inside rows and cells and have objects
@@ -95,10 +121,10 @@ def test_anchors_that_rounding_moves(tiles, device):
     # Far from 0 an anchor of a few hundredths of a pixel is rounded to a grid of its own size: its area is not its
     # cell's, and the bound by areas must allow for that, or a level whose cells seem too small is left out.
     cells = torch.tensor([[[-0.02, -0.02, 0.02, 0.02]], [[-0.0234, -0.0234, 0.0234, 0.0234]]])
-    grid = AnchorGrid(cells, ((1, 20), (1, 20)), ((4096, 4096),) * 2)
+    grid = AnchorGrid(cells, ((1, 32), (1, 32)), ((4096, 4096),) * 2)
     anchors = grid.anchors()
     assert len((anchors[:, 2:] - anchors[:, :2]).prod(1).unique()) > 4
-    gt = anchors[::4][None]
+    gt = anchors[[3, 17, 22, 31, 40, 63]][None]
     by_grid, by_anchors, wanted = best_ious(grid, gt, [gt.shape[1]], device)
     assert torch.equal(by_grid, wanted) and torch.equal(by_anchors, wanted)
 
@@ -259,6 +285,9 @@ def test_memory_at_training_size():
         (lambda: AnchorGrid(GRID.cells, GRID.extents[:2], GRID.strides), ValueError, "a level, got 3, 2 and 3"),
         (lambda: AnchorGrid(GRID.cells, ((7, -9), (4, 5), (2, 3)), GRID.strides), ValueError, "must not be negative"),
         (lambda: AnchorGrid(GRID.cells, ((7.5, 9), (4, 5), (2, 3)), GRID.strides), TypeError, "whole numbers"),
+        (lambda: AnchorGrid(GRID.cells, GRID.extents, [4, 8, 16]), ValueError, "strides must be pairs"),
+        (lambda: label_anchors(GRID, objects(1, 2), torch.tensor([2])), TypeError, "use label_grid_anchors"),
+        (lambda: label_grid_anchors(GRID, objects(1, 2), torch.tensor([2]), "0.7"), TypeError, "must be a number"),
         (lambda: AnchorGrid(GRID.cells, GRID.extents, ((4,), (8, 8), (16, 16))), ValueError, "pairs"),
         (lambda: label_grid_anchors(CELLS, objects(1, 2), torch.tensor([2])), TypeError, "grid must be an AnchorGrid"),
         (lambda: label_grid_anchors(GRID, objects(2), torch.tensor([2])), ValueError, "gt_boxes must have 3 dim"),

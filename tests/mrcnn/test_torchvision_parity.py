@@ -202,3 +202,23 @@ def test_names_that_torchvisions_models_do_not_have():
     # Files of old releases have other names; torchvision's own model knows them.
     with pytest.raises(ValueError, match=r"mask_fcn1.weight is not a name .* load it into torchvision's model first"):
         from_torchvision({"roi_heads.mask_head.mask_fcn1.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, "targets must be given"),
+        ([], "1 images, but 0 targets"),
+        (
+            [{"boxes": torch.tensor([[10.0, 20, 30, 20]])}],
+            r"positive width and height; image 0 has \[10.0, 20.0, 30.0, 20",
+        ),
+        ([{"boxes": torch.tensor([[30.0, 5, 20, 40]])}], "positive width and height"),  # x, y, width, height, say
+        ([{"boxes": torch.tensor([[1.0, 5, float("nan"), 40]])}], "positive width and height"),
+    ],
+)
+def test_targets_that_torchvision_refuses(targets, message):
+    # Every anchor of such an image would be positive, without a word.
+    model = TorchvisionMaskRCNN(CONFIGS["tiny"]).train()
+    with pytest.raises(ValueError, match=message):
+        model([torch.zeros(3, 64, 64)], targets)
