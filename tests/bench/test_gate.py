@@ -221,11 +221,13 @@ def test_torchvision_is_never_silently_measured_in_another_dtype():
     assert dtypes == {"roi_align": {torch.float32, torch.float16}, "mask_bce_loss": {torch.bfloat16}}
 
 
-@pytest.mark.parametrize("field", ["loss_errors", "gradient_errors", "decode_errors", "pyramid_gradients"])
+@pytest.mark.parametrize(
+    "field", ["loss_errors", "gradient_errors", "decode_errors", "score_errors", "pyramid_gradients"]
+)
 def test_following_refuses_nan(field):
     # make demo must not go green on a diverged model.
     good = Following(
-        loss_errors=[0.0], gradient_errors=[0.0], decode_errors=[0.0], pyramid_gradients=[1.0],
+        loss_errors=[0.0], gradient_errors=[0.0], decode_errors=[0.0], score_errors=[0.0], pyramid_gradients=[1.0],
         rois=[9], levels=[3], anchors=2000,
     )  # fmt: skip
     good.launches.update(k for names in KERNELS.values() for k in names)
