@@ -127,10 +127,13 @@ def status(
 
 
 @app.command("gpu-check")
-def gpu_check(log: Log = None) -> None:
+def gpu_check(
+    select: Annotated[str, typer.Option("-k", help="Which tests, as for pytest: parts can run side by side.")] = "",
+    log: Log = None,
+) -> None:
     """Run the tests of the kernels, the model and the clock on the GPU: before any time is believed."""
     _need_gpu("the tests run in Triton's interpreter with `make test`")
-    _run([sys.executable, "-m", "pytest", str(_tests()), "-m", "gpu and not slow", "-q"], log)
+    _run([sys.executable, "-m", "pytest", str(_tests()), "-m", "gpu and not slow", "-q", "-k", select], log)
 
 
 @app.command()
