@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,19 +128,35 @@ def run_tests(op: str, selected: str, path: Path) -> subprocess.CompletedProcess
     """Run an op's tests against the `kernels` package in `path`, up to the first failure."""
     tests = [*map(str, sorted(TESTS.glob(f"test_{op}*.py"))), "-k", selected]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": str(path)}
+    environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize(("kernel", "op", "old", "new", "selected"), FAULTS, ids=[f[0] for f in FAULTS])
-def test_fault_is_found(kernel, op, old, new, selected, tmp_path):
-    shutil.copytree(KERNELS, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    files = (tmp_path / "kernels" / op).glob("kernel*.py")
+def plant(fault: tuple[str, ...], path: Path) -> subprocess.CompletedProcess:
+    """The tests' verdict on a copy of the kernels with the fault, in `path`."""
+    kernel, op, old, new, selected = fault
+    shutil.copytree(KERNELS, path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    files = (path / "kernels" / op).glob("kernel*.py")
     file = next(f for f in files if f"def {kernel}(" in f.read_text())
     before, name, rest = file.read_text().partition(f"def {kernel}(")
     body, separator, after = rest.partition("@triton.jit")
     assert body.count(old) == 1, "the kernel has changed: plant the fault anew"
     file.write_text(before + name + body.replace(old, new) + separator + after)
-    result = run_tests(op, selected, tmp_path)
+    return run_tests(op, selected, path)
+
+
+@pytest.fixture(scope="module")
+def planted(request, tmp_path_factory) -> Iterator[dict[tuple[str, ...], Future]]:
+    """What becomes of each fault that this session asks for: as many at a time as there are processors."""
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_fault_is_found"]
+    faults = [item.callspec.params["fault"] for item in items]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {fault: pool.submit(plant, fault, tmp_path_factory.mktemp("planted")) for fault in faults}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f[0] for f in FAULTS])
+def test_fault_is_found(fault, planted):
+    result = planted[fault].result()
     assert result.returncode == 1, result.stdout + result.stderr  # 1: tests ran and failed; 2 would be a broken import
     assert "FAILED" in result.stdout and "ERROR" not in result.stdout
