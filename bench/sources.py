@@ -20,9 +20,9 @@ FOLDERS = {  # of each op: its folder, and the folders and files of kernels/ tha
     "box_iou": ("box_iou",),
     "label_grid_anchors": ("label_anchors", "box_iou", *_GRID),  # the reference forms the matrix
     "label_anchors": ("label_anchors", "box_iou", *_GRID),
-    "rpn_loss": ("rpn_loss", *_GRID),
-    "stable_topk": ("proposals", "rpn_loss", *_GRID),
-    "decode_proposals": ("proposals", "rpn_loss", *_GRID),
+    "rpn_loss": ("rpn_loss", "boxes.py", *_GRID),
+    "stable_topk": ("proposals", "boxes.py", *_GRID),
+    "decode_proposals": ("proposals", "boxes.py", *_GRID),
     "nms_mask": ("nms", "box_iou"),
     "mask_bce_loss": ("mask_bce_loss",),
 }

@@ -231,17 +231,9 @@ def _label_grid(
 
 @_label_grid.register_fake
 def _(
-    cells: Tensor,
-    extents: list[int],
-    strides: list[int],
-    gt_boxes: Tensor,
-    gt_count: Tensor,
-    high_threshold: float,
-    low_threshold: float,
-    low_quality: bool,
-    low_inclusive: bool,
-    require_overlap: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    cells: Tensor, extents: list[int], strides: list[int], gt_boxes: Tensor, gt_count: Tensor, high: float, low: float,
+    low_quality: bool, *flags: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _outputs(gt_boxes, _grid_size(cells, extents), low_quality)
 
 
@@ -285,14 +277,7 @@ def _label(
 
 @_label.register_fake
 def _(
-    anchors: Tensor,
-    gt_boxes: Tensor,
-    gt_count: Tensor,
-    high_threshold: float,
-    low_threshold: float,
-    low_quality: bool,
-    low_inclusive: bool,
-    require_overlap: bool,
+    anchors: Tensor, gt_boxes: Tensor, gt_count: Tensor, high: float, low: float, low_quality: bool, *flags: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(gt_boxes, anchors.shape[-2], low_quality)
 

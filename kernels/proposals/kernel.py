@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from .. import boxes
 from ..device import divide
 from ..device_anchors import grid_anchor
-from . import reference
 
-MAX_LOG_SCALE = tl.constexpr(reference.MAX_LOG_SCALE)
+MAX_LOG_SCALE = tl.constexpr(boxes.MAX_LOG_SCALE)
 
 
 @triton.jit

@@ -160,7 +160,7 @@ def _rows(
     from .kernel import rpn_loss_forward_kernel
 
     slots = (gt_boxes, matched_idx, index, drawn, positive)
-    objectness, box = _rows_fake(logits, deltas, cells, extents, strides, *slots, box_beta)
+    objectness, box = _rows_fake(logits)
     inputs, sizes = _arguments(logits, deltas, cells, extents, strides, *slots)
     launch(
         rpn_loss_forward_kernel, (len(logits),), *inputs, objectness, box, *sizes,
@@ -170,19 +170,7 @@ def _rows(
 
 
 @_rows.register_fake
-def _rows_fake(
-    logits: Tensor,
-    deltas: Tensor,
-    cells: Tensor,
-    extents: list[int],
-    strides: list[int],
-    gt_boxes: Tensor,
-    matched_idx: Tensor,
-    index: Tensor,
-    drawn: Tensor,
-    positive: Tensor,
-    box_beta: float,
-) -> tuple[Tensor, Tensor]:
+def _rows_fake(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
 

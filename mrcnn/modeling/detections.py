@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import batched_nms
 
+from kernels.boxes import clip, decode
+
 from ..config import ModelConfig
 from ..data.rle import masks_to_rle
-from .boxes import clip, decode
 from .mask_losses import mask_probabilities
 from .roi_heads import BOX_WEIGHTS
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.boxes import take
+
 from ..structures import Targets
-from .boxes import take
 
 CHUNK_PIXELS = 1 << 26  # memory bound: full-size masks of this many pixels are formed at a time
 

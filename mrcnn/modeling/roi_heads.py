@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import joint_multiscale_roi_align, label_anchors
+from kernels.boxes import encode, take
 
 from ..config import ModelConfig
 from ..structures import Targets
-from .boxes import encode, take
 from .sampling import sample
 
 BOX_WEIGHTS = (10.0, 5.0)  # of the deltas (dx, dy) and (dw, dh)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from kernels import AnchorGrid, decode_proposals, label_grid_anchors, nms_mask, rpn_loss, stable_topk
+from kernels.boxes import take
 
 from ..config import ModelConfig
 from ..structures import Targets
-from .boxes import take
 from .sampling import sample
 
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped

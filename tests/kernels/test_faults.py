@@ -147,7 +147,7 @@ def plant(fault: tuple[str, ...], path: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def planted(request, tmp_path_factory) -> Iterator[dict[tuple[str, ...], Future]]:
-    """What becomes of each fault that this session asks for: as many at a time as there are processors."""
+    """The verdict on each fault whose test is selected: as many at a time as there are processors."""
     items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_fault_is_found"]
     faults = [item.callspec.params["fault"] for item in items]
     pool = ThreadPoolExecutor(os.cpu_count())

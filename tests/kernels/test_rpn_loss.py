@@ -77,9 +77,9 @@ def test_is_torchvisions_loss(beta, backend, device):
     assert (theirs[2] != 0).sum() == arguments[-2].sum() and (theirs[3] != 0).any(-1).sum() == arguments[-1].sum()
 
 
-def test_reference_is_what_the_model_computes():
-    # To the last bit: what `mrcnn` does with its own box arithmetic.
-    from mrcnn.modeling.boxes import encode, take
+def test_reference_is_the_plain_composition():
+    # To the last bit: the plain composition of the box arithmetic that the model is made of, too.
+    from kernels.boxes import encode, take
 
     arguments = inputs()
     logits, deltas, grid, boxes, matched, index, drawn, positive = arguments

@@ -9,8 +9,8 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from kernels import boxes
 from mrcnn.config import CONFIGS
-from mrcnn.modeling import boxes
 from mrcnn.modeling.anchors import Anchors, cell_anchors
 
 MODEL = CONFIGS["torchvision"].model

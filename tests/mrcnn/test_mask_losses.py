@@ -10,8 +10,9 @@ from model_inputs import TINY, random_boxes, shapes_batch
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import roi_align
 
+from kernels import boxes
 from mrcnn.data.collate import targets_from_lists
-from mrcnn.modeling import MaskRCNN, boxes
+from mrcnn.modeling import MaskRCNN
 from mrcnn.modeling.mask_losses import MaskLoss, canvas_loss, class_channel_loss, mask_probabilities
 from mrcnn.modeling.mask_targets import canvas_targets, mask_targets
 from mrcnn.modeling.roi_heads import RoISample

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from model_inputs import TINY, random_boxes
 
 from kernels import AnchorGrid, use_backend
+from kernels.boxes import encode
 from mrcnn.data.collate import targets_from_lists
-from mrcnn.modeling.boxes import encode
 from mrcnn.modeling.rpn import Proposals, RPNHead, RPNLoss
 
 

@@ -1,4 +1,4 @@
-"""Box arithmetic in fp32: deltas between boxes, clipping."""
+"""Box arithmetic in plain PyTorch: deltas between boxes, clipping. The model and the references of the ops share it."""
 
 from __future__ import annotations
 
