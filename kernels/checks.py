@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .runtime import is_recording
+from .runtime import DEBUG, is_recording
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,13 +37,18 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def check_indices(indices: Tensor, end: int, name: str) -> None:
-    """Raise IndexError for an index outside [0, end), on the CPU only.
+    """Raise IndexError for an index outside [0, end), on the CPU, or with TRITON_DEBUG=1 anywhere.
 
-    On a GPU the check would stop the device; there the kernels never address outside their tensors, and each op's
+    On a GPU the check stops the device; without it the kernels still never address outside their tensors, and each op's
     docstring says what an index out of range gives. Nor are the indices looked at while launches are recorded: nothing
     will read them, and CPU tensors then stand for a GPU's.
     """
-    if indices.device.type != "cpu" or indices.numel() == 0 or torch.compiler.is_compiling() or is_recording():
+    if (
+        (indices.device.type != "cpu" and not DEBUG)
+        or indices.numel() == 0
+        or torch.compiler.is_compiling()
+        or is_recording()
+    ):
         return
     low, high = indices.min().item(), indices.max().item()
     if not (low >= 0 and high < end):  # written so that NaN fails

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEBUG = os.environ.get("TRITON_DEBUG", "0") == "1"  # Triton's own switch for its device-side assertions
 # Triton reads the variable when it is imported, so it must be set before Python imports triton.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 

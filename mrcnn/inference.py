@@ -29,7 +29,7 @@ def autocast(device: torch.device) -> torch.autocast:
 def detect(model: MaskRCNN, batch: Batch, rle: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(image id, boxes, labels, scores and masks on the original image, on the CPU) of each image.
 
-    Masks are bool [n, H, W], or with `rle` n COCO RLE dictionaries, which takes the memory of one mask instead of n.
+    Masks are bool [n, H, W], or with `rle` n COCO RLE dictionaries: then none is formed at the image's size.
     """
     device = next(model.parameters()).device
     batch = batch.to(device, non_blocking=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from kernels import MaskPool
+
 
 class _Movable:
     """`.to()` and `.pin_memory()` over every tensor (or container) of a dataclass."""
@@ -29,19 +31,15 @@ class _Movable:
 
 @dataclass
 class Targets(_Movable):
-    """Ground truth of a batch: B images, G >= 1 slots each, masks cropped to their objects in one flat pool.
+    """Ground truth of a batch: B images, G >= 1 slots each.
 
-    The mask pool costs the objects' own area instead of G x H x W: object g of image b occupies
-    `mask_pool[o : o + (y1 - y0) * (x1 - x0)]`, row-major, with `o = mask_offset[b, g]` and
-    `(x0, y0, x1, y1) = mask_extent[b, g]`; every pixel outside that rectangle is background.
+    Masks are bits of the objects' own rectangles, not maps of the image's size: see `kernels.MaskPool`.
     """
 
     boxes: Tensor  # [B, G, 4] float32, xyxy in pixels of the (resized) image; zeros in empty slots
     labels: Tensor  # [B, G] int64, 1..K-1; 0 in empty slots
     count: Tensor  # [B] int32, number of real objects: slots 0..count-1
-    mask_pool: Tensor  # [P] uint8 in {0, 1}
-    mask_offset: Tensor  # [B, G] int64
-    mask_extent: Tensor  # [B, G, 4] int32, x0 y0 x1 y1 with exclusive ends; zeros in empty slots
+    masks: MaskPool
 
     @property
     def valid(self) -> Tensor:

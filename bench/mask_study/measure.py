@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrcnn.config import Config
-from mrcnn.data.collate import mask_to_dense
 from mrcnn.data.rle import masks_to_rle
 from mrcnn.data.shapes import ShapesDataset
 from mrcnn.evaluation import detections_to_coco, evaluate_detections
@@ -141,8 +140,8 @@ def given_masks(model: MaskRCNN, batch: Batch) -> list[dict[float, Tensor]]:
     with autocast(device):
         features = model.fpn(model.backbone(model.normalize(moved.images, moved.sizes)))
         (pooled,) = model.pooler(features, [rois], [model.config.mask_pool_size])
-        logits = model.mask_head(pooled)
-    masks = mask_probabilities(logits, torch.cat(labels), model.config.mask_loss).split(counts)
+        features = model.mask_head(pooled)
+        masks = mask_probabilities(model.mask_head, features, torch.cat(labels), model.config.mask_loss).split(counts)
     pasted = []
     for i, size in enumerate(batch.sizes.tolist()):
         detections = Detections(boxes[i], labels[i], boxes[i].new_ones(counts[i]), masks[i])
@@ -154,7 +153,8 @@ def given_masks(model: MaskRCNN, batch: Batch) -> list[dict[float, Tensor]]:
 def _objects(batch: Batch, i: int) -> tuple[Tensor, Tensor, Tensor]:
     """Labels [n], boxes [n, 4] and bool masks [n, H, W] of one image's objects; nothing was resized."""
     count = int(batch.targets.count[i])
-    truth = mask_to_dense(batch.targets, i, *batch.sizes[i].tolist()).bool()
+    height, width = batch.sizes[i].tolist()
+    truth = batch.targets.masks.dense(i)[:count, :height, :width]
     return batch.targets.labels[i, :count], batch.targets.boxes[i, :count], truth
 
 

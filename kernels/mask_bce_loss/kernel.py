@@ -1,18 +1,21 @@
-"""Mask loss forward and backward as Triton kernels: one program a RoI, reading its class channel only."""
+"""Mask loss forward and backward as Triton kernels, reading each RoI's class channel only."""
 
 import triton
 import triton.language as tl
 
-from ..device import divide
+from ..device_bce import bce_with_logits, known_class
 
 
 @triton.jit
-def _channel(logits_ptr, labels_ptr, roi, num_classes, stride_n, stride_k):
-    """Pointer to the RoI's class channel, whether its slot holds a RoI, and whether the class exists."""
-    label = tl.load(labels_ptr + roi)
-    known = (label >= 0) & (label < num_classes)
-    channel = tl.where(known, label, 0)
-    return logits_ptr + roi * stride_n + channel.to(tl.int64) * stride_k, label >= 0, known
+def _pixels(logits_ptr, targets_ptr, roi, label, strides, pixel, mask, dtype: tl.constexpr, WIDTH: tl.constexpr):
+    """Logits of the RoI's class and targets at `pixel`; WIDTH 0: the pixels of a plane lie `strides[3]` apart."""
+    plane_ptr = logits_ptr + roi * strides[0] + label * strides[1]
+    if WIDTH == 0:
+        place = pixel * strides[3]
+    else:
+        place = (pixel // WIDTH) * strides[2] + (pixel % WIDTH) * strides[3]
+    z = tl.load(plane_ptr + place, mask, 0.0).to(dtype)
+    return z, tl.load(targets_ptr + pixel, mask, 0).to(dtype)
 
 
 @triton.jit
@@ -20,7 +23,7 @@ def mask_bce_forward_kernel(
     logits_ptr,  # [N, K, M, M'], any strides
     labels_ptr,  # [N] int64
     targets_ptr,  # [N, M, M'] contiguous
-    loss_ptr,  # [N] fp32 (fp64 for fp64 logits)
+    rows_ptr,  # [N] fp32 (fp64 for fp64 logits)
     num_classes,
     stride_n,
     stride_k,
@@ -30,21 +33,18 @@ def mask_bce_forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean over the pixels of one RoI of max(z, 0) - z t + log(1 + exp(-|z|))."""
+    """Program = RoI: the sum of its pixels' losses."""
     roi = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = loss_ptr.dtype.element_ty
-    channel_ptr, occupied, known = _channel(logits_ptr, labels_ptr, roi, num_classes, stride_n, stride_k)
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    label, known = known_class(labels_ptr, roi, num_classes)
+    strides = (stride_n, stride_k, stride_y, stride_x)
     total = tl.zeros((BLOCK,), dtype)
     for first in range(0, tl.where(known, PIXELS, 0), BLOCK):
         pixel = first + tl.arange(0, BLOCK)
         mask = pixel < PIXELS
-        z = tl.load(channel_ptr + (pixel // WIDTH) * stride_y + (pixel % WIDTH) * stride_x, mask, 0.0).to(dtype)
-        t = tl.load(targets_ptr + roi * PIXELS + pixel, mask, 0).to(dtype)
-        loss = tl.maximum(z, 0.0) - z * t + tl.log(1.0 + tl.exp(-tl.abs(z)))
-        total += tl.where(mask, tl.where(z != z, z, loss), 0.0)  # maximum() may drop a NaN
-    mean = tl.sum(total, 0) / PIXELS
-    # A class that does not exist makes the loss NaN: visible at once, without stopping the device to look.
-    tl.store(loss_ptr + roi, tl.where(occupied & (known == 0), float("nan"), mean))
+        z, t = _pixels(logits_ptr, targets_ptr + roi * PIXELS, roi, label, strides, pixel, mask, dtype, WIDTH)
+        total += tl.where(mask, bce_with_logits(z, t)[0], 0.0)
+    tl.store(rows_ptr + roi, tl.sum(total, 0))
 
 
 @triton.jit
@@ -52,35 +52,47 @@ def mask_bce_backward_kernel(
     logits_ptr,  # [N, K, M, M'], any strides
     labels_ptr,  # [N] int64
     targets_ptr,  # [N, M, M'] contiguous
-    grad_loss_ptr,  # [N]
-    grad_ptr,  # [N, K, M, M'] zeroed, the strides of `grad_stride_*`
+    grad_loss_ptr,  # scalar
+    scale_ptr,  # [N]
+    grad_ptr,  # [N, K, M, M'], NCHW or NHWC without gaps
+    elements,  # of the gradient
     num_classes,
     stride_n,
     stride_k,
     stride_y,
     stride_x,
-    grad_stride_n,
     grad_stride_k,
-    grad_stride_y,
-    grad_stride_x,
+    grad_stride_p,
     PIXELS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
 ):
-    """Writes (sigmoid(z) - t) * grad / pixels into the RoI's class channel; the other channels stay zero."""
-    roi = tl.program_id(0).to(tl.int64)
-    dtype: tl.constexpr = grad_loss_ptr.dtype.element_ty
-    channel_ptr, _, known = _channel(logits_ptr, labels_ptr, roi, num_classes, stride_n, stride_k)
-    out_ptr, _, _ = _channel(grad_ptr, labels_ptr, roi, num_classes, grad_stride_n, grad_stride_k)
-    scale = tl.load(grad_loss_ptr + roi) / PIXELS
-    for first in range(0, tl.where(known, PIXELS, 0), BLOCK):
-        pixel = first + tl.arange(0, BLOCK)
-        mask = pixel < PIXELS
-        y = pixel // WIDTH
-        x = pixel % WIDTH
-        z = tl.load(channel_ptr + y * stride_y + x * stride_x, mask, 0.0).to(dtype)
-        t = tl.load(targets_ptr + roi * PIXELS + pixel, mask, 0).to(dtype)
-        decay = tl.exp(-tl.abs(z))  # never overflows
-        sigmoid = divide(tl.where(z >= 0, 1.0, decay), 1.0 + decay)
-        grad = (sigmoid - t) * scale
-        tl.store(out_ptr + y * grad_stride_y + x * grad_stride_x, grad.to(grad_ptr.dtype.element_ty), mask)
+    """Program = stretch of the gradient's memory: zeros in wide stores, then what the class channels have in it.
+
+    The memory is written once, whichever way it lies: with a pass of zeros and one of values, the few values of an
+    NHWC gradient would each fetch and write a sector of DRAM again.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    zeros = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + index, zeros, index < elements)
+    tl.debug_barrier()  # or another thread's zeros could come after these values
+
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
+    end = tl.minimum(start + BLOCK, elements)
+    strides = (stride_n, stride_k, stride_y, stride_x)
+    of_roi = num_classes * tl.full((), PIXELS, tl.int64)  # num_classes is a plain int where Triton specialises on 1
+    for number in range((start // of_roi).to(tl.int32), ((end - 1) // of_roi).to(tl.int32) + 1):
+        roi = start * 0 + number
+        label, known = known_class(labels_ptr, roi, num_classes)
+        base = roi * of_roi + label * grad_stride_k
+        first = tl.maximum((start - base + grad_stride_p - 1) // grad_stride_p, 0).to(tl.int32)
+        last = tl.minimum((end - base + grad_stride_p - 1) // grad_stride_p, PIXELS).to(tl.int32)
+        scale = tl.load(scale_ptr + roi) * tl.load(grad_loss_ptr)
+        for near in range(first, tl.where(known, last, 0), OWN):
+            pixel = near + tl.arange(0, OWN)
+            mask = pixel < last
+            z, t = _pixels(logits_ptr, targets_ptr + roi * PIXELS, roi, label, strides, pixel, mask, dtype, WIDTH)
+            grad = bce_with_logits(z, t)[1] * scale
+            tl.store(grad_ptr + base + pixel * grad_stride_p, grad.to(grad_ptr.dtype.element_ty), mask)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..layouts import is_channels_last, layout
 from ..runtime import INTERPRETED, launch, next_power_of_2, tile
 from .reference import level_thresholds
 
@@ -46,16 +47,6 @@ class Pooling:
 @functools.cache
 def _thresholds(*arguments) -> tuple[float, ...]:
     return tuple(level_thresholds(*arguments))
-
-
-def is_channels_last(tensors: Sequence[Tensor]) -> bool:
-    """One layout serves all levels; a single channel is both, and counts as contiguous."""
-    return tensors[0].shape[1] > 1 and all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
-
-
-def layout(channels_last: bool) -> torch.memory_format:
-    """The memory format of a [B, C, H, W] tensor."""
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def empty_outputs(features: Sequence[Tensor], rois: Sequence[Tensor], pooling: Pooling, channels_last: bool) -> list:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..layouts import is_channels_last
 from ..runtime import NAMESPACE, is_traced
 from . import launches
-from .launches import Pooling, is_channels_last
+from .launches import Pooling
 
 
 def pool(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..backend import choose_backend
 from ..checks import check_indices, check_same_device, check_tensor, pair
+from ..layouts import is_channels_last, layout
 from . import library, reference
-from .launches import Pooling, is_channels_last, layout
+from .launches import Pooling
 
 BACKWARDS = ("auto", "gather", "atomic")
 

@@ -1,4 +1,4 @@
-"""From a list of samples to one padded Batch, with every object's mask in one flat pool."""
+"""From a list of samples to one padded Batch, with every object's mask in one pool of bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from kernels import MaskPool
+from kernels.mask_pool import mask_extents
 
 from ..errors import ConfigError
 from ..structures import Batch, Targets
@@ -52,7 +55,7 @@ class Collate:
             sizes=torch.tensor([image.shape[-2:] for image, _ in samples], dtype=torch.int64),
             image_ids=[target["image_id"] for target in targets],
             original_sizes=[tuple(target["original_size"]) for target in targets],
-            targets=targets_from_lists(targets, self.max_objects),
+            targets=targets_from_lists(targets, self.max_objects, tuple(images.shape[-2:])),
             replaced=sum(target.get("replaced", 0) for target in targets),
         )
 
@@ -80,14 +83,17 @@ class Collate:
                 )
 
 
-def targets_from_lists(targets: Sequence[dict], max_objects: int | None = None) -> Targets:
+def targets_from_lists(
+    targets: Sequence[dict], max_objects: int | None = None, padded_size: tuple[int, int] | None = None
+) -> Targets:
     """Convert torchvision's list of target dicts to padded Targets.
 
     Args:
-        targets: one dict per image: `boxes` `[n, 4]` xyxy in pixels, `labels` `[n]`, `masks` `[n, H, W]` of
-            any dtype, non-zero where the object is. H and W may differ between images.
+        targets: one dict per image: `boxes` `[n, 4]` xyxy in pixels, `labels` `[n]`, `masks` `[n, h, w]` of
+            any dtype, non-zero where the object is. The image's height and width are the masks'.
         max_objects: slots per image, G; by default the most objects of an image, at least 1. Of an image with
             more, the first G are kept.
+        padded_size: (H, W) of the batch's images, by default the largest h and w.
 
     Returns:
         Targets on the device of the input. An object whose mask is empty is left out.
@@ -104,53 +110,22 @@ def targets_from_lists(targets: Sequence[dict], max_objects: int | None = None) 
     device = targets[0]["labels"].device
     boxes = torch.zeros((len(kept), slots, 4), dtype=torch.float32, device=device)
     labels = torch.zeros((len(kept), slots), dtype=torch.int64, device=device)
-    extents = torch.zeros((len(kept), slots, 4), dtype=torch.int32, device=device)
-    crops: list[Tensor] = []
-    for b, (image_boxes, image_labels, masks, image_extents) in enumerate(kept):
-        n = len(image_labels)
-        boxes[b, :n], labels[b, :n], extents[b, :n] = image_boxes, image_labels, image_extents
-        for mask, (x0, y0, x1, y1) in zip(masks, image_extents.tolist(), strict=True):
-            crops.append(mask[y0:y1, x0:x1].ne(0).flatten())
-    areas = ((extents[..., 2] - extents[..., 0]) * (extents[..., 3] - extents[..., 1])).to(torch.int64)
-    ends = areas.flatten().cumsum(0).view_as(areas)
+    for b, (image_boxes, image_labels, _, _) in enumerate(kept):
+        boxes[b, : len(image_boxes)], labels[b, : len(image_labels)] = image_boxes, image_labels
+    _, _, masks, extents = zip(*kept, strict=True)
     return Targets(
         boxes=boxes,
         labels=labels,
         count=torch.tensor([len(item[1]) for item in kept], dtype=torch.int32, device=device),
-        mask_pool=torch.cat(crops).to(torch.uint8) if crops else labels.new_zeros(0, dtype=torch.uint8),
-        mask_offset=torch.where(areas > 0, ends - areas, 0),
-        mask_extent=extents,
+        masks=MaskPool.of(masks, extents, slots, padded_size),
     )
-
-
-def mask_to_dense(targets: Targets, b: int, height: int, width: int) -> Tensor:
-    """Unpack the masks of image `b`: uint8 `[n, height, width]` with n = `targets.count[b]`."""
-    count = int(targets.count[b])
-    dense = targets.mask_pool.new_zeros((count, height, width))
-    for g, (x0, y0, x1, y1) in enumerate(targets.mask_extent[b, :count].tolist()):
-        start, area = int(targets.mask_offset[b, g]), (y1 - y0) * (x1 - x0)
-        dense[g, y0:y1, x0:x1] = targets.mask_pool[start : start + area].view(y1 - y0, x1 - x0)
-    return dense
 
 
 def _keep(target: dict, max_objects: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Boxes, labels, masks and mask extents of the first max_objects objects that have pixels."""
     boxes, labels, masks = (target[key].as_subclass(Tensor) for key in ("boxes", "labels", "masks"))
-    extents = _extents(masks)
+    extents = mask_extents(masks)
     keep = (extents[:, 2] > extents[:, 0]).nonzero().flatten()[:max_objects]
     if len(keep) == len(labels):  # nothing to drop: spare a copy of the masks, by far the largest tensor
         return boxes, labels, masks, extents
     return boxes[keep], labels[keep], masks[keep], extents[keep]
-
-
-def _extents(masks: Tensor) -> Tensor:
-    """Tight int32 `[n, 4]` xyxy extents, ends exclusive, of masks `[n, H, W]`; zeros for an empty mask."""
-    if masks.shape[0] == 0:
-        return torch.zeros((0, 4), dtype=torch.int32, device=masks.device)
-    spans = []
-    for occupied in (masks.any(dim=1), masks.any(dim=2)):  # [n, W] columns, [n, H] rows
-        occupied = occupied.to(torch.int32)
-        first, last = occupied.argmax(1), occupied.shape[1] - occupied.flip(1).argmax(1)
-        spans.append(torch.stack([first, last]) * occupied.any(1))
-    (x0, x1), (y0, y1) = spans
-    return torch.stack([x0, y0, x1, y1], dim=1).to(torch.int32)

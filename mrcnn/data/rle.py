@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -69,6 +70,55 @@ def masks_to_rle(masks: Tensor) -> list[dict]:
     bitmaps = masks.detach().cpu().numpy().astype(np.uint8)
     rles = mask_api().encode(np.asfortranarray(bitmaps.transpose(1, 2, 0)))
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in rles]
+
+
+def crop_runs(pixels: np.ndarray, windows: np.ndarray, height: int) -> Iterator[np.ndarray]:
+    """The runs of set pixels in windows of images `height` pixels high, whose columns COCO's counts go down.
+
+    Args:
+        pixels: [P] bool or uint8, the windows one after the other, each row by row.
+        windows: [k, 4] integers: x, y, width, height, inside the image.
+        height: of the image.
+
+    Yields:
+        int64 [2, r] for each window: first places, and places behind the last, in the whole image's column-major order.
+        A run ends with its column.
+    """
+    at = 0
+    for x, y, columns, rows in windows.tolist():
+        # A zero before all and one below each column: every run begins and ends with a change.
+        padded = np.zeros(1 + columns * (rows + 1), np.uint8)
+        padded[1:].reshape(columns, rows + 1)[:, :rows] = pixels[at : at + columns * rows].reshape(rows, columns).T
+        column, row = np.divmod(np.flatnonzero(padded[1:] != padded[:-1]), rows + 1)
+        yield ((x + column) * height + y + row).reshape(-1, 2).T
+        at += columns * rows
+
+
+def runs_to_rle(runs: list[np.ndarray], size: tuple[int, int]) -> dict:
+    """The runs [2, r] that `crop_runs` finds in windows of one mask -> a dict with size [H, W] and counts.
+
+    The windows must not overlap.
+    """
+    ends = np.concatenate([np.zeros((2, 0), np.int64), *runs], axis=1)
+    ends, times = np.unique(ends, return_counts=True)
+    ends = ends[times == 1]  # where one run ends another may begin, in the next column: the two are one
+    counts = np.diff(ends, prepend=0, append=size[0] * size[1]).tolist()
+    if counts[-1] == 0:  # only the first may be
+        counts.pop()
+    rle = mask_api().frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+
+
+def crops_to_rle(pixels: Tensor, windows: Tensor, size: tuple[int, int]) -> list[dict]:
+    """Masks known in a window each (`kernels.paste_mask_crops`) -> `masks_to_rle` of the whole, which is never formed.
+
+    Args:
+        pixels: [P] bool or uint8 on any device, the windows one after the other, each row by row.
+        windows: [n, 4] int64: x, y, width, height, inside the image.
+        size: height and width of the image.
+    """
+    runs = crop_runs(pixels.detach().cpu().numpy(), windows.cpu().numpy(), size[0])
+    return [runs_to_rle([run], size) for run in runs]
 
 
 def is_number(value: object) -> bool:

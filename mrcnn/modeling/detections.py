@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import batched_nms
 
+from kernels import mask_windows, paste_mask_crops, paste_masks
 from kernels.boxes import clip, decode
 
 from ..config import ModelConfig
-from ..data.rle import masks_to_rle
-from .mask_losses import mask_probabilities
+from ..data.rle import crop_runs, runs_to_rle
 from .roi_heads import BOX_WEIGHTS
 
 MIN_SIZE = 1e-2  # pixels; smaller detections are dropped
+
+PIXELS_AT_ONCE = 1 << 24
+"""Of masks on their way to run lengths, or one column: memory does not grow with the image or with their number."""
 
 
 @dataclass
@@ -37,22 +40,54 @@ class Detections:
 
         Returns:
             boxes [n, 4], labels [n], scores [n], and masks: bool [n, H, W], or with `rle` a list of n COCO RLE
-            dictionaries, for which one full-size mask exists at a time.
+            dictionaries, for which no mask is pasted beyond its box, and few of them at a time.
         """
         ratio = [o / s for o, s in zip(original_size, size, strict=True)]
         boxes = self.boxes * self.boxes.new_tensor([ratio[1], ratio[0], ratio[1], ratio[0]])
-        if rle:
-            masks: Any = []
-            for mask, box in zip(self.masks.split(1), boxes.split(1), strict=True):
-                masks += masks_to_rle(_paste(mask, box, original_size) > threshold)
-        else:
-            masks = _paste(self.masks, boxes, original_size) > threshold
+        paste = _paste_as_rle if rle else paste_masks
+        masks = paste(self.masks, boxes, original_size, threshold)
         return {"boxes": boxes, "labels": self.labels, "scores": self.scores, "masks": masks}
 
 
-def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Probabilities [n, M, M] in their boxes [n, 4] -> [n, H, W]."""
-    return paste_masks_in_image(masks[:, None], boxes, size)[:, 0]
+def _paste_as_rle(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> list[dict]:
+    """Probabilities [n, M, M] in their boxes [n, 4] -> n COCO RLE dictionaries of an image of `size`."""
+    owners, strips = _strips(mask_windows(masks, boxes, size).cpu(), PIXELS_AT_ONCE)
+    runs: list[list[np.ndarray]] = [[] for _ in masks]
+    for owner, windows in _chunks(owners, strips, PIXELS_AT_ONCE):
+        index = owner.to(masks.device)
+        pixels = paste_mask_crops(masks[index], boxes[index], size, threshold, windows=windows).pixels
+        found = crop_runs(pixels.cpu().numpy(), windows.numpy(), size[0])
+        for i, run in zip(owner.tolist(), found, strict=True):
+            runs[i].append(run)
+    return [runs_to_rle(run, size) for run in runs]
+
+
+def _strips(windows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Windows [n, 4] (x, y, width, height) cut from left to right into strips of at most so many pixels, or a column.
+
+    Returns:
+        owners [k], the window that each strip is of, in order, and the strips [k, 4]; none of empty windows.
+    """
+    rows = [
+        (i, first, y, min(step, x + width - first), height)
+        for i, (x, y, width, height) in enumerate(windows.tolist())
+        for step in [max(most // max(height, 1), 1)]
+        for first in range(x, x + width, step)
+    ]
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    return table[:, 0], table[:, 1:]
+
+
+def _chunks(owners: Tensor, strips: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Consecutive strips, together at most so many pixels, or a single one."""
+    begin = held = 0
+    for i, pixels in enumerate((strips[:, 2] * strips[:, 3]).tolist()):
+        if i > begin and held + pixels > most:
+            yield owners[begin:i], strips[begin:i]
+            begin, held = i, 0
+        held += pixels
+    if len(strips):
+        yield owners[begin:], strips[begin:]
 
 
 class BoxSelection(nn.Module):
@@ -85,12 +120,3 @@ class BoxSelection(nn.Module):
             keep = batched_nms(found, score, label, config.detection_nms_threshold)[: config.max_detections]
             results.append((found[keep], label[keep], score[keep]))
         return results
-
-
-def split_masks(
-    mask_logits: Tensor, selected: Sequence[tuple[Tensor, Tensor, Tensor]], mask_loss: str
-) -> list[Detections]:
-    """Detections with the mask of their own class, from logits [sum of n, K, M, M] in the order of `selected`."""
-    probabilities = mask_probabilities(mask_logits, torch.cat([s[1] for s in selected]), mask_loss)
-    masks = probabilities.split([len(s[1]) for s in selected])
-    return [Detections(*s, m) for s, m in zip(selected, masks, strict=True)]

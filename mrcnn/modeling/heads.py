@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
@@ -48,7 +49,10 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """3x3 convolutions, a 2x2 deconvolution, one logit a class and pixel."""
+    """3x3 convolutions and a 2x2 deconvolution; and the layer that makes one logit a class and pixel of their output.
+
+    That layer is not part of `forward`: the loss and detection need the logits of one class of each RoI.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,5 +64,15 @@ class MaskHead(nn.Module):
         init_relu(self.logits)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """[N, C, 14, 14] -> logits [N, K, 28, 28]; K counts the background, whose channel mask_loss=canvas needs."""
-        return self.logits(F.relu(self.deconv(self.convs(pooled))))
+        """[N, C, 14, 14] -> features [N, hidden, 28, 28], before the last ReLU."""
+        return self.deconv(self.convs(pooled))
+
+    def all_logits(self, features: Tensor) -> Tensor:
+        """Features -> [N, K, 28, 28]; K counts the background, whose channel mask_loss=canvas needs."""
+        return self.logits(F.relu(features))
+
+    def class_logits(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Features -> [N, 28, 28] of the class of each RoI, labels [N] in 0..K-1; the other channels are not formed."""
+        weight = self.logits.weight.flatten(1)[labels]
+        logits = torch.bmm(weight[:, None], F.relu(features).flatten(2)).unflatten(2, features.shape[2:])[:, 0]
+        return logits + self.logits.bias[labels, None, None]

@@ -18,41 +18,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import mask_bce_loss
+from kernels import mask_predictor_loss, mask_targets
 
 from ..config import ModelConfig
 from ..structures import Targets
-from .mask_targets import canvas_targets, mask_targets
+from .canvas import canvas_targets
+from .heads import MaskHead
 from .roi_heads import RoISample
+
+STYLES = {"soft": "torchvision", "binary": "detectron2"}  # of mask_target
 
 
 class MaskLoss(nn.Module):
-    """The configured form, averaged over pixels and over positive RoIs."""
+    """The configured form, averaged over pixels and over positive RoIs.
+
+    `backend`, of `kernels.BACKENDS`, is that of `bce`: "torchvision" is the ordinary path through K channels.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend = "auto"
 
-    def forward(
-        self, logits: Tensor, rois: RoISample, targets: Targets, sizes: Tensor, padded_size: tuple[int, int]
-    ) -> dict[str, Tensor]:
-        """Logits [B * S, K, M, M] of RoIs whose label is a class or -1 -> loss_mask, a scalar.
+    def forward(self, features: Tensor, head: MaskHead, rois: RoISample, targets: Targets) -> dict[str, Tensor]:
+        """Features [B * S, C, M, M] of RoIs whose label is a class or -1 -> loss_mask, a scalar.
 
         Args:
-            logits: from the mask head.
+            features: from the mask head.
+            head: the mask head, for the layer that makes logits of them.
             rois: S an image.
             targets: ground truth.
-            sizes: [B, 2] height and width of each image inside its padding.
-            padded_size: (H, W) of the padded images.
         """
-        config, labels, side = self.config, rois.labels.flatten(), logits.shape[-1]
+        config, labels, side = self.config, rois.labels.flatten(), features.shape[-1]
         if config.mask_loss == "canvas":
-            loss = canvas_loss(logits, labels, canvas_targets(targets, rois.boxes, side, padded_size).flatten(0, 1))
+            canvas = canvas_targets(targets, rois.boxes, side).flatten(0, 1)
+            return {"loss_mask": canvas_loss(head.all_logits(features), labels, canvas) * config.mask_weight}
+        wanted = mask_targets(targets.masks, rois.boxes, rois.matched, side, STYLES[config.mask_target]).flatten(0, 1)
+        if config.mask_loss == "softmax":
+            loss = class_channel_loss(head.all_logits(features), labels, wanted)
         else:
-            aligned = config.mask_target == "binary"
-            wanted = mask_targets(targets, rois.boxes, rois.matched, side, sizes, padded_size, aligned).flatten(0, 1)
-            wanted = (wanted >= 0.5).to(wanted.dtype) if aligned else wanted
-            loss = (mask_bce_loss if config.mask_loss == "bce" else class_channel_loss)(logits, labels, wanted)
+            weight, bias = head.logits.weight, head.logits.bias
+            loss = mask_predictor_loss(features, weight, bias, labels, wanted, relu=True, backend=self.backend)
         return {"loss_mask": loss * config.mask_weight}
 
 
@@ -83,11 +89,11 @@ def canvas_loss(logits: Tensor, labels: Tensor, canvas: Tensor) -> Tensor:
     return (loss * occupied).sum() / occupied.sum().clamp(min=1)
 
 
-def mask_probabilities(logits: Tensor, labels: Tensor, mask_loss: str) -> Tensor:
-    """Logits [N, K, M, M] and labels [N] in 1..K-1 -> the probability of that class at each pixel, [N, M, M] fp32."""
-    logits = logits.float()
-    own = logits[torch.arange(len(labels), device=labels.device), labels]
+def mask_probabilities(head: MaskHead, features: Tensor, labels: Tensor, mask_loss: str) -> Tensor:
+    """Features [N, C, M, M] and labels [N] in 1..K-1 -> probability of that class at each pixel, [N, M, M] fp32."""
     if mask_loss == "bce":
-        return own.sigmoid()
+        return head.class_logits(features, labels).float().sigmoid()
+    logits = head.all_logits(features).float()
+    own = logits[torch.arange(len(labels), device=labels.device), labels]
     rivals = logits if mask_loss == "canvas" else logits[:, 1:]
     return torch.exp(own - rivals.logsumexp(dim=1))

@@ -14,10 +14,10 @@ from ..config import ModelConfig
 from ..structures import Targets
 from .anchors import Anchors
 from .backbone import ResNet
-from .detections import BoxSelection, Detections, split_masks
+from .detections import BoxSelection, Detections
 from .fpn import FPN
 from .heads import BoxHead, MaskHead
-from .mask_losses import MaskLoss
+from .mask_losses import MaskLoss, mask_probabilities
 from .roi_heads import BoxLoss, RoIPool, RoISampler
 from .rpn import Proposals, RPNHead, RPNLoss
 
@@ -86,8 +86,7 @@ class MaskRCNN(nn.Module):
             images = self.normalize(images, sizes)
         features = self.fpn(self.backbone(images))  # P2..P5 or P6
         logits, deltas = self.rpn(features)
-        padded_size = tuple(images.shape[-2:])
-        anchors = self.anchors(features, padded_size)
+        anchors = self.anchors(features, tuple(images.shape[-2:]))
         proposals, valid = self.proposals(logits, deltas, anchors, sizes, training=targets is not None)
         if targets is None:
             return self.detect(features, proposals, valid, sizes)
@@ -98,7 +97,7 @@ class MaskRCNN(nn.Module):
         sizes_pooled = [self.config.box_pool_size, self.config.mask_pool_size]
         pooled, pooled_positives = self.pooler(features, [rois.boxes, positives.boxes], sizes_pooled)
         losses |= self.box_loss(*self.box_head(pooled), rois, targets)
-        return losses | self.mask_loss(self.mask_head(pooled_positives), positives, targets, sizes, padded_size)
+        return losses | self.mask_loss(self.mask_head(pooled_positives), self.mask_head, positives, targets)
 
     def detect(self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, sizes: Tensor) -> list[Detections]:
         """Detections of each image from its proposals [B, N, 4]."""
@@ -108,7 +107,10 @@ class MaskRCNN(nn.Module):
         selected = self.box_selection(logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, valid, sizes)
         rois = torch.cat([F.pad(boxes, (1, 0), value=i) for i, (boxes, _, _) in enumerate(selected)])
         (pooled,) = self.pooler(features, [rois], [self.config.mask_pool_size])
-        return split_masks(self.mask_head(pooled), selected, self.config.mask_loss)
+        labels = torch.cat([label for _, label, _ in selected])
+        masks = mask_probabilities(self.mask_head, self.mask_head(pooled), labels, self.config.mask_loss)
+        split = masks.split([len(label) for _, label, _ in selected])
+        return [Detections(*found, of_image) for found, of_image in zip(selected, split, strict=True)]
 
 
 class Normalize(nn.Module):

@@ -6,7 +6,8 @@ from ..config import ModelConfig
 
 FLOPS = (
     "FLOPs: of the batch's forward pass, a multiply-add counted as 2: convolutions and matrix products. Not counted: "
-    "RoIAlign, mask targets, normalisation, activations, upsampling, sorting, NMS, sums."
+    "RoIAlign, mask targets, the mask channel of each RoI that model.mask_loss=bce trains, normalisation, activations, "
+    "upsampling, sorting, NMS, sums."
 )
 ANCHORS = (
     "Anchors: used by a stage that makes them, that has an output for each of them, or that takes one of these "
@@ -17,7 +18,7 @@ DETECTIONS = (
     "image; the mask head sees those of all images."
 )
 CHANNELS = {
-    "bce": "each a binary classifier of its pixels (sigmoid). Supervised: the channel of the RoI's class alone.",
+    "bce": "each a binary classifier of its pixels (sigmoid). Computed and supervised: that of the RoI's class alone.",
     "softmax": "those of the {classes} classes compete for each pixel (softmax). Supervised: the channel of the RoI's "
     "class alone, by the pixels inside its object.",
     "canvas": "which compete for each pixel (softmax), the background's too. Supervised: all of them, by the one class "

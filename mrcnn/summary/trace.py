@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import HAS_TRITON, use_backend
+from kernels import HAS_TRITON, MaskPool, use_backend
 from kernels.runtime import record_launches
 
 from ..config import Config, ModelConfig
@@ -52,7 +52,7 @@ def summarize(
     # As on a GPU, where no shape depends on values; launches are recorded, so that nothing runs.
     with FakeTensorMode(), use_backend("triton"), record_launches(), FlopCounterMode(display=False) as counter:
         model = MaskRCNN(config.model).train(training)
-        targets = _targets(batch, objects) if training else None
+        targets = _targets(batch, objects, (height, width)) if training else None
         images, sizes = torch.zeros(batch, 3, height, width, dtype=torch.uint8), torch.zeros(batch, 2).long()
         if not training:
             model.box_selection = _AtMost(config.model)
@@ -65,7 +65,8 @@ def summarize(
         if training:
             sum(result.values()).backward()
         else:
-            stages.append(stage_of("detections", result[0], note=AT_MOST))
+            rest = forward - sum(stage.flops for stage in stages)  # of the mask channels that detections need
+            stages.append(dataclasses.replace(stage_of("detections", result[0], note=AT_MOST), flops=rest))
         backward = counter.get_total_flops() - forward
     stages.insert(0, _input(images, sizes, targets))
     notes = write_notes(config.model, training)
@@ -74,20 +75,26 @@ def summarize(
 
 def _input(images: Tensor, sizes: Tensor, targets: Targets | None) -> Stage:
     """The batch as a stage; how long the pool of masks is depends on the objects."""
-    stage = stage_of("input", {"images": images, "sizes": sizes, **(vars(targets) if targets else {})})
-    tensors = [dataclasses.replace(t, shape=("P",)) if t.name == "mask_pool" else t for t in stage.tensors]
+    truth = {**vars(targets), **vars(targets.masks)} if targets else {}
+    stage = stage_of("input", {"images": images, **truth, "sizes": sizes})
+    tensors = [dataclasses.replace(t, shape=("P",)) if t.name == "bitmaps" else t for t in stage.tensors]
     return dataclasses.replace(stage, tensors=tensors)
 
 
-def _targets(batch: int, objects: int) -> Targets:
-    """Ground truth without values; a pool of one pixel stands for any."""
+def _targets(batch: int, objects: int, padded_size: tuple[int, int]) -> Targets:
+    """Ground truth without values; a pool of one byte stands for any."""
+    pool = MaskPool(
+        bitmaps=torch.zeros(1, dtype=torch.uint8),
+        offset=torch.zeros(batch, objects, dtype=torch.int64),
+        extent=torch.zeros(batch, objects, 4, dtype=torch.int32),
+        sizes=torch.zeros(batch, 2, dtype=torch.int64),
+        padded_size=padded_size,
+    )
     return Targets(
         boxes=torch.zeros(batch, objects, 4),
         labels=torch.zeros(batch, objects, dtype=torch.int64),
         count=torch.zeros(batch, dtype=torch.int32),
-        mask_pool=torch.zeros(1, dtype=torch.uint8),
-        mask_offset=torch.zeros(batch, objects, dtype=torch.int64),
-        mask_extent=torch.zeros(batch, objects, 4, dtype=torch.int32),
+        masks=pool,
     )
 
 

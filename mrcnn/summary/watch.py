@@ -25,7 +25,7 @@ OUTPUTS = {
     "pooler": ("pooled", "pooled for masks"),
     "box_head": ("logits", "deltas"),
     "box_selection": ("boxes", "labels", "scores"),
-    "mask_head": ("logits",),
+    "mask_head": ("features",),
 }
 AT_MOST = "at most"  # note of a tensor whose number of rows depends on the image
 

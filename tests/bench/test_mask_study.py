@@ -221,18 +221,22 @@ def test_given_masks_are_those_of_the_objects_own_box_and_class(arm):
         asked.extend(rois)
         return rois
 
-    def head(rois):
-        logits = torch.full((len(rois), 9, 28, 28), 8.0)
-        for row, label in zip(logits, classes.tolist(), strict=True):
-            row[label] = -8.0
-            row[:, :, :14] = 0.0
-            row[label, :, :14] = np.log(1 / 3) if arm == "bce" else np.log(7 / 3 if arm == "softmax" else 8 / 3)
-        return logits
+    class Head(torch.nn.Identity):
+        def all_logits(self, rois):
+            logits = torch.full((len(rois), 9, 28, 28), 8.0)
+            for row, label in zip(logits, classes.tolist(), strict=True):
+                row[label] = -8.0
+                row[:, :, :14] = 0.0
+                row[label, :, :14] = np.log(1 / 3) if arm == "bce" else np.log(7 / 3 if arm == "softmax" else 8 / 3)
+            return logits
+
+        def class_logits(self, rois, labels):
+            return self.all_logits(rois)[torch.arange(len(rois)), labels]
 
     model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace(mask_loss=arm, mask_pool_size=14)
     model.normalize, model.backbone, model.fpn = (lambda images, sizes: images), (lambda x: x), (lambda x: x)
-    model.pooler, model.mask_head = pooler, head
+    model.pooler, model.mask_head = pooler, Head()
     with torch.no_grad():
         pictures = measure.given_masks(model, batch)
     assert asked[0][:, 0].tolist() == [0.0] * 5 + [1.0] and asked[0][5, 1:].tolist() == [40, 40, 60, 60]

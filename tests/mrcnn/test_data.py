@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.ops import box_iou, masks_to_boxes
 
 from mrcnn.data.augment import build_transform
-from mrcnn.data.collate import Collate, mask_to_dense, targets_from_lists
+from mrcnn.data.collate import Collate, targets_from_lists
 from mrcnn.data.rle import mask_api
 from mrcnn.data.shapes import KINDS, ShapesDataset, _shape_mask
 from mrcnn.errors import ConfigError
@@ -170,8 +170,8 @@ def test_collate_pads_and_the_mask_pool_gives_the_masks_back():
     assert batch.original_sizes == [(50, 50), (60, 80), (50, 50), (60, 80)]
     targets = batch.targets
     assert targets.boxes.shape == (4, 9, 4) and targets.boxes.dtype == torch.float32
-    assert targets.count.dtype == torch.int32 and targets.mask_extent.dtype == torch.int32
-    assert targets.mask_offset.dtype == torch.int64 and targets.mask_pool.dtype == torch.uint8
+    assert targets.count.dtype == torch.int32 and targets.masks.packed
+    assert targets.masks.sizes.tolist() == batch.sizes.tolist() and targets.masks.padded_size == (64, 96)
     for b, (image, target) in enumerate(samples):
         n, (height, width) = len(target["labels"]), image.shape[1:]
         assert torch.equal(batch.images[b, :, :height, :width], image)
@@ -179,20 +179,22 @@ def test_collate_pads_and_the_mask_pool_gives_the_masks_back():
         assert targets.count[b] == n
         assert torch.equal(targets.boxes[b, :n], target["boxes"].as_subclass(torch.Tensor))
         assert targets.labels[b].tolist() == target["labels"].tolist() + [0] * (9 - n)
-        assert not targets.boxes[b, n:].any() and not targets.mask_extent[b, n:].any()
-        assert torch.equal(mask_to_dense(targets, b, height, width), target["masks"].as_subclass(torch.Tensor))
+        assert not targets.boxes[b, n:].any() and not targets.masks.extent[b, n:].any()
+        dense = targets.masks.dense(b)
+        assert dense.sum() == dense[:n, :height, :width].sum()
+        assert torch.equal(dense[:n, :height, :width], target["masks"].as_subclass(torch.Tensor).bool())
 
 
-def test_mask_pool_is_cropped_and_laid_out_as_documented():
-    """Kernels read the pool with these offsets: rows of the extent, one object directly after the other."""
+def test_masks_are_cropped_and_laid_out_as_documented():
+    """Kernels read the pool with these offsets: rows of the extent, the lowest bit first, object after object."""
     masks = torch.zeros(2, 6, 8)
     masks[0, 1:3, 2:5] = torch.tensor([[1, 0, 1], [0, 1, 0]])
     masks[1, 5, 7] = 255  # any non-zero value is the object
     target = {"boxes": torch.tensor([[1.0, 0, 6, 4], [6, 4, 8, 6]]), "labels": torch.tensor([4, 2]), "masks": masks}
     targets = targets_from_lists([target])
-    assert targets.mask_pool.tolist() == [1, 0, 1, 0, 1, 0, 1]
-    assert targets.mask_offset.tolist() == [[0, 6]]
-    assert targets.mask_extent.tolist() == [[[2, 1, 5, 3], [7, 5, 8, 6]]]
+    assert targets.masks.bitmaps.tolist() == [0b101, 0b010, 1]
+    assert targets.masks.offset.tolist() == [[0, 2]]
+    assert targets.masks.extent.tolist() == [[[2, 1, 5, 3], [7, 5, 8, 6]]]
     assert targets.valid.tolist() == [[True, True]]
 
 
@@ -203,7 +205,7 @@ def test_object_without_pixels_is_dropped():
     targets = Collate(3)([(image, target)]).targets
     assert targets.count.tolist() == [2] and targets.labels.tolist() == [[1, 3, 0]]
     assert targets.boxes[0, 1].tolist() == [30, 30, 40, 40]
-    assert mask_to_dense(targets, 0, 60, 80).sum((1, 2)).tolist() == [16, 100]
+    assert targets.masks.dense(0).sum((1, 2)).tolist() == [16, 100, 0]
 
 
 def test_too_many_objects_keep_the_first_and_warn_once():
@@ -249,8 +251,8 @@ def test_targets_from_lists_without_objects():
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 5, 5)}
     targets = targets_from_lists([empty, empty])
     assert targets.boxes.shape == (2, 1, 4) and targets.count.tolist() == [0, 0]
-    assert targets.mask_pool.numel() == 0 and not targets.valid.any()
-    assert mask_to_dense(targets, 1, 5, 5).shape == (0, 5, 5)
+    assert targets.masks.bitmaps.numel() == 0 and not targets.valid.any()
+    assert targets.masks.dense(1).shape == (1, 5, 5) and not targets.masks.dense(1).any()
 
 
 def digest(dataset):

@@ -10,11 +10,12 @@ from model_inputs import TINY, random_boxes, shapes_batch
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import roi_align
 
-from kernels import boxes
+from kernels import boxes, mask_targets
 from mrcnn.data.collate import targets_from_lists
 from mrcnn.modeling import MaskRCNN
+from mrcnn.modeling.canvas import canvas_targets
+from mrcnn.modeling.heads import MaskHead
 from mrcnn.modeling.mask_losses import MaskLoss, canvas_loss, class_channel_loss, mask_probabilities
-from mrcnn.modeling.mask_targets import canvas_targets, mask_targets
 from mrcnn.modeling.roi_heads import RoISample
 
 
@@ -39,7 +40,7 @@ def test_mask_targets_are_torchvisions():
         rows.append((proposals, matched))
     proposals, matched = (torch.stack(part) for part in zip(*rows, strict=True))
     with torch.autocast("cpu", torch.bfloat16):  # as in training on a GPU: the targets must stay fp32
-        found = mask_targets(targets_from_lists(lists), proposals, matched, 28, torch.tensor(sizes), padded)
+        found = mask_targets(targets_from_lists(lists, padded_size=padded).masks, proposals, matched, 28)
     assert (found - torch.stack(expected)).abs().max() <= 2e-7 * 3  # sums of up to 9 samples, in another order
     assert 0.1 < found.mean() < 0.9
 
@@ -54,13 +55,10 @@ def test_binary_targets_are_detectron2s():
     proposals[0, 1] = torch.tensor([10.0, 10, 10, 10])  # empty, as a box that was clipped away
     matched = (torch.arange(12) % 2)[None]
     found = {"boxes": random_boxes(2), "labels": torch.ones(2, dtype=torch.int64), "masks": masks}
-    soft = mask_targets(targets_from_lists([found]), proposals, matched, 28, torch.tensor([[40, 64]]), (64, 64), True)
+    binary = mask_targets(targets_from_lists([found], padded_size=(64, 64)).masks, proposals, matched, 28, "detectron2")
     rois = torch.cat([matched[0, :, None].float(), proposals[0]], dim=1)
     expected = roi_align(masks[:, None].float(), rois, (28, 28), 1.0, -1, aligned=True)[:, 0]
-    full = torch.arange(12) != 1  # there torchvision has no samples, and we one
-    torch.testing.assert_close(soft[0, full], expected[full], rtol=0, atol=1e-6)
-    assert torch.equal(soft[0, full] >= 0.5, expected[full] >= 0.5)
-    assert soft.isfinite().all()
+    assert torch.equal(binary[0], expected >= 0.5)
 
 
 def test_the_softmax_form_is_categorical_cross_entropy_on_the_class_channel():
@@ -89,19 +87,31 @@ def test_with_one_class_the_softmax_form_is_identically_zero():
     assert loss == 0 and (logits.grad == 0).all()
 
 
-def test_bce_supervises_the_class_channel_and_no_other():
-    # The paper's form, through the stage: K channels, one of them with a gradient.
+def few_rois(labels):
+    """A mask head of four classes, features of as many RoIs as there are labels, and RoIs in one image."""
+    torch.manual_seed(0)
+    head = MaskHead(dataclasses.replace(TINY, num_classes=4))
+    features = torch.randn(len(labels), TINY.mask_channels, 28, 28)
+    return head, features
+
+
+@pytest.mark.parametrize("backend", ["torch", "torchvision"])
+def test_bce_supervises_the_class_channel_and_no_other(backend):
+    # The paper's form, through the stage: K channels, of which each RoI has one to do with, on the ordinary path too.
     batch = shapes_batch(1)
     n = int(batch.targets.count[0])
     rois = RoISample(batch.targets.boxes[:, :n], batch.targets.labels[:, :n], torch.arange(n)[None])
-    logits = torch.randn(n, 4, 28, 28, requires_grad=True)
-    loss = MaskLoss(TINY)(logits, rois, batch.targets, batch.sizes, (64, 64))["loss_mask"]
-    wanted = mask_targets(batch.targets, rois.boxes, rois.matched, 28, batch.sizes, (64, 64))[0]
-    own = logits[torch.arange(n), rois.labels[0]]
+    head, features = few_rois(rois.labels[0])
+    stage = MaskLoss(TINY)
+    stage.backend = backend
+    loss = stage(features, head, rois, batch.targets)["loss_mask"]
+    wanted = mask_targets(batch.targets.masks, rois.boxes, rois.matched, 28)[0]
+    own = head.all_logits(features)[torch.arange(n), rois.labels[0]]
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(own, wanted))
+    torch.testing.assert_close(head.class_logits(features, rois.labels[0]), own)
     loss.backward()
-    touched = logits.grad.flatten(2).abs().sum(-1) > 0
-    assert torch.equal(touched, F.one_hot(rois.labels[0], 4).bool())
+    touched = head.logits.weight.grad.flatten(1).abs().sum(1) > 0
+    assert touched.nonzero().flatten().tolist() == sorted(set(rois.labels[0].tolist()))
 
 
 def overlapping():
@@ -118,7 +128,7 @@ def overlapping():
 def test_the_canvas_holds_every_object_of_the_image():
     # A RoI over both large objects and some background: a class a pixel, the smaller object on top, two neighbours of
     # one class indistinguishable.
-    canvas = canvas_targets(overlapping(), torch.tensor([[[0.0, 0, 32, 32], [4, 4, 8, 8]]]), 32, (32, 32))
+    canvas = canvas_targets(overlapping(), torch.tensor([[[0.0, 0, 32, 32], [4, 4, 8, 8]]]), 32)
     expected = torch.zeros(32, 32, dtype=torch.int64)
     expected[:16] = 3
     expected[4:8, 4:8] = 1
@@ -137,9 +147,10 @@ def test_canvas_loss_is_cross_entropy_of_every_pixel():
 @pytest.mark.parametrize("form", ["bce", "softmax", "canvas"])
 def test_probabilities_belong_to_the_loss(form):
     # The class's own, the softmax over the classes, the softmax with the background.
-    logits, labels = torch.randn(3, 4, 5, 5), torch.tensor([1, 3, 2])
-    found = mask_probabilities(logits, labels, form)
-    rows = torch.arange(3)
+    labels = torch.tensor([1, 3, 2])
+    head, features = few_rois(labels)
+    logits, rows = head.all_logits(features), torch.arange(3)
+    found = mask_probabilities(head, features, labels, form)
     expected = {
         "bce": logits.sigmoid()[rows, labels],
         "softmax": logits[:, 1:].softmax(1)[rows, labels - 1],
@@ -165,12 +176,12 @@ def test_every_form_trains(form, target):
         seen.append(losses["loss_mask"].item())
     assert seen[-1] < 0.8 * seen[0]
     rois = RoISample(batch.targets.boxes[:, :2], torch.tensor([[1, -1], [2, -1]]), torch.zeros(2, 2, dtype=torch.int64))
-    logits = torch.randn(4, 4, 28, 28)
-    logits[[1, 3]] = float("nan")
+    features = torch.randn(4, TINY.mask_channels, 28, 28)
+    features[[1, 3]] = float("nan")
     once, twice = (
-        MaskLoss(dataclasses.replace(model.config, mask_weight=weight))(
-            logits, rois, batch.targets, batch.sizes, (64, 64)
-        )["loss_mask"]
+        MaskLoss(dataclasses.replace(model.config, mask_weight=weight))(features, model.mask_head, rois, batch.targets)[
+            "loss_mask"
+        ]
         for weight in (1.0, 2.0)
     )
     assert once.isfinite() and twice == 2 * once

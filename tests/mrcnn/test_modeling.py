@@ -6,7 +6,7 @@ import pytest
 import torch
 from model_inputs import TINY, shapes_batch
 
-from kernels import launch_counts, use_backend
+from kernels import MaskPool, launch_counts, use_backend
 from mrcnn.data.rle import mask_api
 from mrcnn.modeling import MaskRCNN
 from mrcnn.modeling.detections import Detections
@@ -18,8 +18,10 @@ def test_a_batch_without_objects_trains():
     batch = shapes_batch()
     empty = Targets(
         boxes=torch.zeros(2, 3, 4), labels=torch.zeros(2, 3, dtype=torch.int64), count=torch.zeros(2).int(),
-        mask_pool=torch.zeros(0, dtype=torch.uint8), mask_offset=torch.zeros(2, 3, dtype=torch.int64),
-        mask_extent=torch.zeros(2, 3, 4, dtype=torch.int32),
+        masks=MaskPool(
+            torch.zeros(0, dtype=torch.uint8), torch.zeros(2, 3).long(), torch.zeros(2, 3, 4).int(), batch.sizes,
+            (64, 64),
+        ),
     )  # fmt: skip
     model = MaskRCNN(TINY).train()
     losses = model(batch.images, batch.sizes, empty)
@@ -39,9 +41,8 @@ def test_empty_slots_change_nothing(monkeypatch):
     few = model(batch.images, batch.sizes, batch.targets)
     t = batch.targets
     pad = lambda x, value: torch.cat([x, torch.full_like(x, value)], dim=1)
-    more = Targets(
-        pad(t.boxes, float("nan")), pad(t.labels, 0), t.count, t.mask_pool, pad(t.mask_offset, 0), pad(t.mask_extent, 0)
-    )
+    masks = dataclasses.replace(t.masks, offset=pad(t.masks.offset, 0), extent=pad(t.masks.extent, 0))
+    more = Targets(pad(t.boxes, float("nan")), pad(t.labels, 0), t.count, masks)
     many = model(batch.images, batch.sizes, more)
     for name, loss in few.items():
         torch.testing.assert_close(many[name], loss, msg=name)
@@ -58,7 +59,7 @@ def test_bf16_autocast_with_the_triton_ops(device):
     sum(losses.values()).backward()
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert launch_counts["roi_align_gather_kernel"] == 1 and launch_counts["mask_bce_backward_kernel"] == 1
+    assert launch_counts["roi_align_gather_kernel"] == 1 and launch_counts["mask_predictor_features_kernel"] == 1
 
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn", "gn"])
@@ -100,7 +101,7 @@ def test_detections_lie_in_the_image_and_are_limited():
 
 
 def test_masks_as_rle_are_the_pasted_ones():
-    # One at a time instead of all at once, on an original of another size; with no detection there is no mask.
+    # From crops instead of whole images, on an original of another size; with no detection there is no mask.
     torch.manual_seed(0)
     batch = shapes_batch(1)
     model = MaskRCNN(dataclasses.replace(TINY, score_threshold=0.0, max_detections=5)).eval()

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from tutorial import FPN, MaskHead, Tutorial, copy_weights
 
+from kernels import mask_predictor_loss
 from kernels.roi_align.reference import assign_levels, level_thresholds
 from mrcnn import modeling
 from mrcnn.config import CONFIGS, DataConfig, ModelConfig, TrainConfig
@@ -60,8 +61,11 @@ def test_same_weights_same_outputs_at_800(models):
     torch.testing.assert_close(classes, tutorial.box(pooled)[0])
     torch.testing.assert_close(boxes.flatten(1), tutorial.box(pooled)[1])
     pooled = torch.randn(3, 256, 14, 14)
-    assert ours.mask_head(pooled).shape == (3, 81, 28, 28)
-    torch.testing.assert_close(ours.mask_head(pooled), tutorial.mask(pooled))
+    features, labels = ours.mask_head(pooled), torch.tensor([1, 80, 7])
+    assert ours.mask_head.all_logits(features).shape == (3, 81, 28, 28)
+    torch.testing.assert_close(ours.mask_head.all_logits(features), tutorial.mask(pooled))
+    own = tutorial.mask(pooled)[torch.arange(3), labels]
+    torch.testing.assert_close(ours.mask_head.class_logits(features, labels), own)
 
 
 def test_every_weight_is_the_tutorials(models):
@@ -118,11 +122,11 @@ def test_erratum_81_classes_include_background():
     # COCO has 80; the 81st mask channel is the background's, and no gradient ever reaches it.
     config = dataclasses.replace(CONFIG, fpn_channels=8, mask_channels=8)
     model = modeling.heads.MaskHead(config)
-    logits = model(torch.randn(4, 8, 14, 14))
-    labels = torch.tensor([1, 5, 80, -1])
-    modeling.mask_losses.mask_bce_loss(logits, labels, torch.rand(4, 28, 28)).backward()
-    grad = model.logits.weight.grad.flatten(1).abs().sum(1)
-    assert logits.shape[1] == 81 and grad.nonzero().flatten().tolist() == [1, 5, 80]
+    features, layer = model(torch.randn(4, 8, 14, 14)), model.logits
+    labels, targets = torch.tensor([1, 5, 80, -1]), torch.rand(4, 28, 28)
+    mask_predictor_loss(features, layer.weight, layer.bias, labels, targets, relu=True).backward()
+    grad = layer.weight.grad.flatten(1).abs().sum(1)
+    assert len(layer.weight) == 81 and grad.nonzero().flatten().tolist() == [1, 5, 80]
 
 
 def test_erratum_pretrained_is_deprecated():

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import use_backend
 from kernels.runtime import record_launches
-from mrcnn.modeling import MaskRCNN, mask_targets
+from mrcnn.modeling import MaskRCNN, canvas
 from mrcnn.structures import Targets
 
 # Every way through the stages is in one of these.
@@ -61,7 +61,8 @@ def test_forward_and_losses_are_one_graph(option, device):
     assert len(losses) == 5
     (graph,) = graphs
     nodes = {str(node.target).split(".")[1] for node in graph.graph.nodes if str(node.target).startswith("kernels.")}
-    assert nodes == OPS | ({"mask_bce_rows"} if model.config.mask_loss == "bce" else set())
+    forms = {"bce": {"mask_targets", "mask_predictor_forward"}, "softmax": {"mask_targets"}, "canvas": set()}
+    assert nodes == OPS | forms[model.config.mask_loss]
 
 
 def test_images_of_many_sizes_share_a_graph(device):
@@ -107,9 +108,9 @@ def test_no_shape_depends_on_data(option):
     with FakeTensorMode(allow_non_fake_inputs=False) as mode, use_backend("triton"), record_launches():
         model = few(option)
         images, sizes = mode.from_tensor(batch.images), mode.from_tensor(batch.sizes)
-        targets = Targets(
-            **{f.name: mode.from_tensor(getattr(batch.targets, f.name)) for f in dataclasses.fields(Targets)}
-        )
+        t = batch.targets
+        found = {f.name: mode.from_tensor(getattr(t, f.name)) for f in dataclasses.fields(Targets) if f.name != "masks"}
+        targets = Targets(**found, masks=t.masks.map(mode.from_tensor))
         losses = model(images, sizes, targets)
         sum(losses.values()).backward()
     assert all(loss.shape == () for loss in losses.values())
@@ -120,12 +121,8 @@ def test_no_shape_depends_on_data(option):
 def test_nothing_waits_for_the_device(option, device, monkeypatch):
     # Real values: forward and backward, with everything forbidden that makes a GPU's host wait. (On a GPU PyTorch
     # itself sees some that a CPU cannot show, such as copies from pageable memory.)
-    for op in (
-        "roi_align",
-        "mask_bce_loss",
-        "rpn_loss",
-        "proposals",
-    ):  # they look at indices on a CPU only, where nothing waits
+    # They look at indices on a CPU only, where nothing waits.
+    for op in ("roi_align", "mask_bce_loss", "mask_targets", "rpn_loss", "proposals"):
         monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args: None)
     batch, model = shapes_batch().to(device), few(option, device)
     with use_backend("triton"):
@@ -147,25 +144,17 @@ def no_waiting_on_a_gpu(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_the_models_own_operators_do_not_wait(aligned):
+def test_the_models_own_operator_does_not_wait():
     # The context above does not see inside registered operators.
     t = shapes_batch().targets
-    lengths, boxes = torch.full((t.labels.numel(), 2), 64), t.boxes.flatten(0, 1)
     with forbid_sync():
-        masks = mask_targets._project._init_fn(
-            t.mask_pool, t.mask_offset.flatten(), t.mask_extent.flatten(0, 1), boxes, lengths, 28, 64, 64, aligned
-        )
-        mask_targets._paint._init_fn(t.mask_pool, t.mask_offset, t.mask_extent, t.labels, 64, 64)
-    assert masks.isfinite().all() and masks.max() > 0.9
+        classes = canvas._paint._init_fn(*t.masks.flat(), t.labels)
+    assert sorted(classes.unique().tolist()) == sorted({0, *t.labels.flatten().tolist()})
 
 
-def test_the_models_own_operators_are_registered_rightly():
+def test_the_models_own_operator_is_registered_rightly():
     t = shapes_batch().targets
-    lengths, boxes = torch.full((t.labels.numel(), 2), 64), t.boxes.flatten(0, 1)
-    arguments = (t.mask_pool, t.mask_offset.flatten(), t.mask_extent.flatten(0, 1), boxes, lengths, 28, 64, 64, False)
-    torch.library.opcheck(mask_targets._project, arguments)
-    torch.library.opcheck(mask_targets._paint, (t.mask_pool, t.mask_offset, t.mask_extent, t.labels, 64, 64))
+    torch.library.opcheck(canvas._paint, (*t.masks.flat(), t.labels))
 
 
 def test_features_are_channels_last_all_the_way(device):
