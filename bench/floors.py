@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import rpn_floors
+from . import mask_floors, rpn_floors
 from .inputs import Inputs
 from .roi_floors import roi_work
 from .workloads import ROI_OPS
@@ -47,10 +47,6 @@ IOU = 13
 # Its gradient, never rounded in a prescribed way: the same 9 up to the union, reciprocal, IoU, its derivatives by
 # union, intersection, area, width and height, and 6 sums: 4 edges, each one box's or the other's, and 2 areas.
 IOU_BACKWARD = 22
-# Instructions of one pixel of the mask loss max(z, 0) - z t + log(1 + exp(-|z|)): exp as a product and a power of two;
-# log as one multiply-add into a running product, its logarithm taken once in many pixels; max, add, multiply-add.
-MASK = 6
-MASK_BACKWARD = 4  # sigmoid(z) = (1 + tanh(z / 2)) / 2: a product, tanh, and two multiply-adds with t and the scale
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,9 @@ def floor(op: str, direction: str, inputs: Inputs, dtype: torch.dtype) -> Floor:
     Tensors may be on any device. Features and logits are only asked for their shapes, never read.
     """
     name, backward = "roi_align" if op in ROI_OPS else op, direction == "backward"
-    if name in rpn_floors.WORK:
-        return Floor(*rpn_floors.WORK[name](backward, dtype, *inputs.args))
+    others = rpn_floors.WORK | mask_floors.WORK
+    if name in others:
+        return Floor(*others[name](backward, dtype, *inputs.args))
     return FLOORS[name](backward, dtype, *inputs.args)
 
 
@@ -122,20 +119,9 @@ def _box_iou(backward: bool, dtype: torch.dtype, boxes1: Tensor, boxes2: Tensor)
     return Floor(boxes + matrix, pairs * IOU // LANES)
 
 
-def _mask_bce_loss(backward: bool, dtype: torch.dtype, logits: Tensor, labels: Tensor, targets: Tensor) -> Floor:
-    """Labels, and class channel and target of each slot that holds a RoI, in; the loss or all logits' gradient out."""
-    pixels = int((labels >= 0).sum()) * logits.shape[2] * logits.shape[3]
-    read = _bytes(labels) + pixels * (dtype.itemsize + targets.element_size())
-    loss = 8 if dtype == torch.float64 else 4  # read, as its gradient, by the backward
-    if backward:
-        return Floor(read + loss + logits.numel() * dtype.itemsize, pixels * MASK_BACKWARD // LANES)
-    return Floor(read + loss, pixels * MASK // LANES)
-
-
 FLOORS: dict[str, Callable[..., Floor]] = {
     "roi_align": _roi_align,
     "box_iou": _box_iou,
-    "mask_bce_loss": _mask_bce_loss,
 }
 
 

@@ -31,10 +31,17 @@ KERNELS = {
     "stable_topk": ("topk_keys_kernel",),
     "decode_proposals": ("decode_proposals_kernel",),
     "nms_mask": ("nms_words_kernel", "nms_sweep_kernel"),
-    "mask_bce_loss": ("mask_bce_forward_kernel", "mask_bce_backward_kernel"),
+    "mask_targets": ("mask_targets_kernel",),
+    "mask_predictor_loss": (
+        "mask_predictor_forward_kernel",
+        "weighted_mean_kernel",
+        "mask_predictor_features_kernel",
+        "mask_predictor_weight_kernel",
+    ),
 }
-"""The kernels that a training step launches: it forms no IoU matrix, so box_iou's are not among them. The other
-RoIAlign ops launch the same kernels; label_anchors, which matches the RoIs, shares the second of label_grid_anchors."""
+"""The kernels that a training step launches: it forms no IoU matrix and no logits of all classes' masks, so those of
+box_iou and of mask_bce_loss are not among them. The other RoIAlign ops launch the same kernels; label_anchors, which
+matches the RoIs, shares the second of label_grid_anchors."""
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """No time without a correct result: a provider's output against the PyTorch reference in float64.
 
-Where an op decides (labels, what NMS keeps, the order of the best) its rules are defined on float32 numbers, thresholds
-and ties included: so is the reference there, and the share of decisions that differ is the error. Decoded boxes are
-float32 by contract. The reference is slow and hungry, so RoI ops, and those of `parts.BATCHED`, are checked on two
-images of the batch (complete for these: every RoI, every gradient cell; of NMS two groups): the first and the last
-before the clock starts, two others drawn at random after it has stopped. The other ops are checked whole.
+Where an op decides (labels, what NMS keeps, the order of the best, pasted pixels) its rules are defined on float32
+numbers, thresholds and ties included: so is the reference there, and the share of decisions that differ is the error.
+Decoded boxes are float32 by contract, and so are the places of a mask target's samples: an edge at 1344 pixels is
+rounded to 1e-4. The reference is slow and hungry, so RoI ops, and those of `parts.BATCHED`, are checked on two images
+of the batch (complete for these: every RoI, every gradient cell; of NMS two groups, of pasting two masks): the first
+and the last before the clock starts, two others drawn at random after it has stopped. The other ops are checked whole.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from torch import Tensor
 
 import kernels
 
+from .mask_inputs import OPTIONS
 from .parts import listed, part_of
 from .workloads import ROI_OPS, Inputs
 
 LABEL_OPS = ("label_anchors", "label_grid_anchors")
-DECISIONS = (*LABEL_OPS, "nms_mask", "stable_topk")
-AS_GIVEN = (*DECISIONS, "decode_proposals")  # their reference computes in fp32, and takes nothing wider
+BOOLEANS = ("nms_mask", "paste_masks")  # a box or a pixel is in, or not
+DECISIONS = (*LABEL_OPS, *BOOLEANS, "stable_topk")
+AS_GIVEN = (*DECISIONS, "decode_proposals", "mask_targets")  # fp32 numbers are part of what they are asked for
 FP32_OUTPUTS = ("rpn_loss", "decode_proposals")  # whatever the inputs: rounding these is all that half types may cost
 
 # Largest deviation over the largest reference value. float32: torchvision's own CUDA kernels deviate by up to
@@ -38,10 +41,13 @@ NORM_TOLERANCES = {
     "forward": {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 5e-3},
     "backward": {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2},  # the reference adds in bf16
 }
-# Share of decisions that differ, of the anchors that are no background, or of the boxes that are kept. The rules are
-# exact; whoever rounds otherwise (see `providers.may_decide_otherwise`) moves an IoU across a threshold or a tie.
+# Share of decisions that differ, of the anchors that are no background, or of the boxes or pixels that are kept. The
+# rules are exact; whoever rounds otherwise (see `providers.may_decide_otherwise`) moves an IoU or a pixel across a
+# threshold or a tie.
 DECISION_TOLERANCE = 0.0
-ROUNDED_TOLERANCES = {"label_anchors": 1e-3, "label_grid_anchors": 1e-3, "nms_mask": 1e-2, "stable_topk": 0.0}
+ROUNDED_TOLERANCES = {
+    "label_anchors": 1e-3, "label_grid_anchors": 1e-3, "nms_mask": 1e-2, "stable_topk": 0.0, "paste_masks": 1e-4
+}  # fmt: skip
 ROIS_AT_ONCE = 128
 
 
@@ -119,7 +125,7 @@ class Truth:
         return self._expected
 
     def _reference(self, args: tuple) -> object:
-        return getattr(kernels, self.op)(*args, backend="torch")
+        return getattr(kernels, self.op)(*args, backend="torch", **OPTIONS.get(self.op, {}))
 
     def _chunks(self) -> list[list[tuple]]:
         """Arguments of the calls that together are the whole one, by set of RoIs.
@@ -174,7 +180,7 @@ def _decision_error(op: str, found: Sequence[Tensor], expected: Sequence[Tensor]
     if op in LABEL_OPS:
         return _label_error(*found, *expected)
     (output,), (truth,) = found, expected
-    matter = (output | truth).sum() if op == "nms_mask" else torch.tensor(truth.numel())
+    matter = (output | truth).sum() if op in BOOLEANS else torch.tensor(truth.numel())
     return ((output != truth).sum() / matter.clamp(min=1)).item()
 
 

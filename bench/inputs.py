@@ -1,6 +1,7 @@
 """The arguments of one call, drawn at random: boxes on the CPU (the same on every machine), values on the device.
 
-Here are those of RoIAlign, of the mask loss and of box_iou; `rpn_inputs` has the others of a region proposal network.
+Here are those of RoIAlign and of box_iou; `rpn_inputs` has the others of a region proposal network, `mask_inputs`
+those of the mask branch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import AnchorGrid
+from kernels import AnchorGrid, MaskPool
 
 from .boxes import DISTRIBUTIONS, of_one_size, random_objects, without_shared_edges
 
@@ -36,7 +37,7 @@ class Sizes:
     stride: int = 16  # of the one map of single-level RoIAlign
     objects: int = 50  # an image; with `ragged`, on average
     ragged: bool = False  # images hold from 1 to 2 * objects - 1, evenly spread
-    masks: int = 0  # positives of the whole batch
+    masks: int = 0  # positives of the whole batch; detections to be pasted
     classes: int = 81
     mask_size: int = 28
     slots: int = 256  # anchors an image that the RPN's loss is computed on
@@ -51,19 +52,18 @@ class Inputs:
     leaves: tuple[Tensor, ...] = ()
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor argument, those in lists too."""
-        flat = [t for a in self.args for t in (a if isinstance(a, (list, tuple)) else [a])]
-        flat = [t.cells if isinstance(t, AnchorGrid) else t for t in flat]
-        return [t for t in flat if isinstance(t, Tensor)]
+        """Every tensor argument, those in lists, grids and pools too."""
+        return [t for a in self.args for t in _flat(a) if isinstance(t, Tensor)]
 
     def numbers(self) -> list[int | float]:
         """Every number among the arguments, then the whole ones in lists: how many bins each set of RoIs gets.
 
-        Last come a grid's extents and strides.
+        Last come a grid's extents and strides, or a pool's padded size and whether it is packed.
         """
         listed = [n for a in self.args if isinstance(a, (list, tuple)) for n in a if isinstance(n, int)]
         grids = [a for a in self.args if isinstance(a, AnchorGrid)]
         pairs = [pair for grid in grids for pair in (*grid.extents, *grid.strides)]
+        pairs += [(*a.padded_size, int(a.packed)) for a in self.args if isinstance(a, MaskPool)]
         return [a for a in self.args if isinstance(a, (int, float))] + listed + [n for pair in pairs for n in pair]
 
     def shapes(self) -> str:
@@ -77,6 +77,8 @@ class Inputs:
         def apply(value):  # noqa: ANN001
             if isinstance(value, (list, tuple)):
                 return [apply(v) for v in value]
+            if isinstance(value, MaskPool):
+                return value.map(apply)
             if not isinstance(value, Tensor):
                 return value
             return done.setdefault(id(value), function(value.detach()))
@@ -89,6 +91,15 @@ class Inputs:
         """Put `other`'s values into these very tensors, which must have the same shapes."""
         for mine, fresh in zip(self.tensors(), other.tensors(), strict=True):
             overwrite(mine, fresh)
+
+
+def _flat(value: object) -> list:
+    """What a list, a grid or a pool holds; else the value itself."""
+    if isinstance(value, AnchorGrid):
+        return [value.cells]
+    if isinstance(value, MaskPool):
+        return [value.bitmaps, value.offset, value.extent, value.sizes]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def overwrite(tensor: Tensor, values: Tensor) -> None:
@@ -193,18 +204,9 @@ def _box_iou(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Input
     return Inputs((boxes1, boxes2), leaves=(boxes1, boxes2))
 
 
-def _mask_bce_loss(sizes: Sizes, draw: Draw, dtype: torch.dtype, layout: str) -> Inputs:
-    side = sizes.mask_size
-    logits = draw.normal((sizes.masks, sizes.classes, side, side), dtype, layout)
-    labels = torch.randint(1, sizes.classes, (sizes.masks,), generator=draw.boxes).to(draw.device)
-    targets = (draw.normal((sizes.masks, side, side), torch.float32) > 0).float()
-    return Inputs((logits, labels, targets), leaves=(logits,))
-
-
 BUILDERS: dict[str, Callable[[Sizes, Draw, torch.dtype, str], Inputs]] = {
     "roi_align": _roi_align,
     "multiscale_roi_align": _multiscale_roi_align,
     "joint_multiscale_roi_align": _joint_multiscale_roi_align,
     "box_iou": _box_iou,
-    "mask_bce_loss": _mask_bce_loss,
 }

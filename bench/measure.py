@@ -14,6 +14,7 @@ status is "ok" has times:
 | twin | on one row a call: the samples of that second time |
 | error, tolerance | the larger of the errors before and after timing, against the reference in float64 |
 | peak_memory_bytes, saved_bytes | a call's peak beyond what was there; what is kept from forward to backward |
+| step_memory_bytes | of a backward's row: the peak of a forward and a backward pass together, beyond the inputs |
 | floor, model | the fewest bytes and instructions that the call can do with, and the hash of how they were counted |
 | waits | whether the host waits for the device inside the call |
 | bitwise, runs | of RoI ops' backward, not in sweeps: whether `runs` more gave the same bits (if not: the last) |
@@ -120,6 +121,11 @@ class Contestant:
             if is_out_of_memory(error):
                 raise OutOfMemoryError(self, error) from None
             raise
+
+    def both_passes(self) -> object:
+        """A forward pass and its backward pass, which frees what the forward kept."""
+        with self.provider.mode():
+            return torch.autograd.grad(listed(self.provider(self.adapted)), self.adapted.leaves, self.grad_outputs)
 
     def check(self) -> Check:
         """Run, and compare with the truth; raises `WrongResultError`."""
@@ -279,6 +285,7 @@ def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) ->
     for row, contestant in ready:
         row.update(times=_shortened(times[str(contestant.variant)]), noise=noise)
         row.update(waits=clock.waits(contestant), peak_memory_bytes=clock.peak_memory(contestant))
+        row.update(step_memory_bytes=_step_memory(contestant, clock))
         eager = min(row["times"]["op_eager"])
         repeats = max(1, min(100, int(5e-3 / eager)))
         limit = max(5e-4, 0.2 * repeats * eager)
@@ -286,6 +293,19 @@ def _time(ready: list[tuple[dict, Contestant]], clock: Clock, seconds: float) ->
         if left > limit:
             _turn_red(row, f"the device worked on for {left:.1e} s after the call's stream had finished")
     ready[0][0][TWIN] = _shortened(twin)
+
+
+def _step_memory(contestant: Contestant, clock: Clock) -> int | None:
+    """The peak of both passes; None of a forward's row, and where there is no memory for them beside all the others."""
+    if not contestant.backward:
+        return None
+    try:
+        return clock.peak_memory(contestant.both_passes)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    give_back_memory()
+    return None
 
 
 def _still_ready(ready: list[tuple[dict, Contestant]], clock: Clock) -> list[tuple[dict, Contestant]]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kernels import MaskPool
+
 from .workloads import ROI_OPS, Inputs
 
-BATCHED = {  # ops that are checked on a part of the batch: which of their arguments have one
+BATCHED = {  # ops that are checked on a part of the batch (of pasting: of the masks): which of their arguments have one
     "label_anchors": (1, 2),
     "label_grid_anchors": (1, 2),
     "nms_mask": (0, 1),
     "stable_topk": (0,),
     "decode_proposals": (0, 1, 2, 4),
+    "mask_targets": (1, 2, 0),
+    "paste_masks": (0, 1),
 }
 
 
@@ -53,8 +57,16 @@ def part_of(op: str, inputs: Inputs, images: Sequence[int] | None) -> Part:
     if op not in BATCHED:
         return Part(inputs)
     images = _first_and_last(count_images(op, inputs)) if images is None else list(images)
-    args = tuple(a[images] if place in BATCHED[op] else a for place, a in enumerate(inputs.args))
+    args = tuple(_take(a, images) if place in BATCHED[op] else a for place, a in enumerate(inputs.args))
     return Part(Inputs(args), lambda outputs: [o[images] for o in outputs])
+
+
+def _take(batch: Tensor | MaskPool, images: list[int]) -> Tensor | MaskPool:
+    """The rows of some images; of a pool the bitmaps stay where they are."""
+    if isinstance(batch, MaskPool):
+        rows = {name: getattr(batch, name)[images] for name in ("offset", "extent", "sizes")}
+        return replace(batch, **rows)
+    return batch[images]
 
 
 def _roi_part(inputs: Inputs, images: Sequence[int] | None) -> Part:

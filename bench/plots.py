@@ -37,6 +37,8 @@ SIZES = {
     "image_size": "image size, pixels",
     "objects": "objects an image, on average",
     "masks": "positive masks",
+    "classes": "classes, background included",
+    "paste_masks masks": "masks",
     "nms_mask rois": "boxes a group",
 }
 INK = "#123456"  # stands for the page's text colour: in the SVG it becomes `currentColor`
@@ -100,13 +102,13 @@ def scaling_curves(op: str, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _sweep(op: str, name: str) -> Iterator[Workload]:
-    """The workloads that vary `name`, and the train workload that they vary where it has such a size."""
+    """The workloads that vary `name`, and the canonical ones that they vary where these have such a size."""
     points = [w for w in WORKLOADS if w.op == op and w.sweep == name]
     yield from points
-    for train in (w for w in WORKLOADS if w.op == op and w.suite == "train"):
-        size = getattr(train.sizes, name)
-        if size and replace(points[0].sizes, **{name: size}) == train.sizes:
-            yield train
+    for canonical in (w for w in WORKLOADS if w.op == op and w.suite in ("train", "inference")):
+        size = getattr(canonical.sizes, name)
+        if size and replace(points[0].sizes, **{name: size}) == canonical.sizes:
+            yield canonical
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """What the kernels should take on the training workloads of an H200: predicted from counts, never measured.
 
 Each kernel is compiled as the op launches it, without a GPU, and the instructions of its loops are counted in the
-machine code (`sass`). How often they run follows from the workload's boxes (`predict_roi`, `predict_rpn`). All times
-the warps of a program.
+machine code (`sass`). How often they run follows from the workload's boxes (`predict_roi`, `predict_rpn`,
+`predict_mask`). All times the warps of a program.
 
 The issue time is as if every scheduler issued an instruction every cycle, and no less than the longest program takes at
 an instruction a cycle and warp: latency, bank conflicts and tensor cores can only add to it, and so do the small
@@ -17,10 +17,10 @@ from importlib.metadata import version
 
 from rich.table import Table
 
-from . import predict_roi, predict_rpn
+from . import predict_mask, predict_roi, predict_rpn
 from .floors import floor
 from .sass import TARGET, PredictionError, machine_code
-from .workloads import DTYPE_NAMES, ROI_OPS, WORKLOADS, Workload
+from .workloads import DTYPE_NAMES, MASK_OPS, ROI_OPS, WORKLOADS, Workload
 
 # An H200: 132 multiprocessors of 4 schedulers, each an instruction a cycle. The clock is an assumption, what is left
 # of the highest (1.98 GHz) under load; so is the bandwidth of a copy, of 4.8e12 bytes/s in the data sheet.
@@ -33,6 +33,10 @@ NAMES = {
     "box_iou": ("anchors",),
     "nms_mask": ("train",),
     "rpn_loss": ("train",),
+    "mask_predictor_loss": ("train",),
+    "mask_targets": ("train",),
+    "paste_masks": ("inference",),
+    "mask_bce_loss": ("train",),
 }
 
 
@@ -60,13 +64,13 @@ class Prediction:
 
 
 def predict(workloads: Iterable[Workload]) -> Iterator[Prediction]:
-    """Predict the kernels of each workload in each of its dtypes, forward and backward; RoIAlign's maps channels_last.
+    """Predict the kernels of each workload in each of its dtypes, forward and backward; maps and logits channels_last.
 
     Raises:
         PredictionError: a kernel without a model is launched, or its code is not as the model has it.
     """
     for workload in workloads:
-        family = predict_roi if workload.op in ROI_OPS else predict_rpn
+        family = predict_roi if workload.op in ROI_OPS else predict_mask if workload.op in MASK_OPS else predict_rpn
         for dtype in workload.dtypes:
             inputs = workload.boxes_only(dtype)
             for launch in family.launches(inputs) if family is predict_roi else family.launches(workload.op, inputs):
@@ -79,7 +83,7 @@ def predict(workloads: Iterable[Workload]) -> Iterator[Prediction]:
                 code, warps = machine_code(launch)
                 instructions, longest = family.count(code, launch, inputs)
                 least = floor(workload.op, direction, inputs, dtype).dram_bytes
-                dram_bytes = 0 if name in predict_rpn.LESSER else least
+                dram_bytes = 0 if name in (*predict_rpn.LESSER, *predict_mask.LESSER) else least
                 yield Prediction(
                     workload.name, DTYPE_NAMES[dtype], direction, name, warps * instructions, dram_bytes, longest
                 )

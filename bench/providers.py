@@ -11,7 +11,7 @@ memory) before the clock starts, so that a conversion is never charged to it.
 | torchvision | its op, or what its model does where it has none |
 | torchvision deterministic | its RoIAlign under `torch.use_deterministic_algorithms(True)`: what that costs there |
 | torch | the PyTorch reference |
-| torch.compile | the reference, compiled |
+| torch.compile | the reference, compiled; or torchvision's way, where `mask_providers` says so |
 
 Speed-ups are over the best of `BASELINES`. The others stand beside them: those whose name begins with triton are ours,
 and torchvision's deterministic mode is no rival, however it does.
@@ -23,17 +23,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
 
-from . import rpn_providers
+from . import mask_providers, rpn_providers
 from .inputs import Inputs
-from .workloads import DETERMINISTIC, DTYPE_NAMES, ROI_OPS, RPN_OPS, Call
+from .mask_inputs import OPTIONS
+from .workloads import DETERMINISTIC, DTYPE_NAMES, MASK_OPS, ROI_OPS, RPN_OPS, Call
 
 BASELINES = ("torchvision", "torch", "torch.compile")
 ATOMIC, APART, DETERMINISTIC_TORCHVISION = "triton atomic", "triton apart", "torchvision deterministic"
@@ -41,6 +41,8 @@ NO_DETERMINISTIC_ON_CPU = "on a CPU torchvision's op is the same in deterministi
 NO_TRITON_ON_CPU = "needs a GPU: interpreter speed says nothing about a GPU"
 NO_SLOW_COMPILES_ON_CPU = "takes half a minute a row to compile for a CPU: measured on a GPU only"
 NO_COMPILED_NMS = "the compiler cannot trace the reference's loop: it would run it as it is"
+NO_COMPILED_PASTING = "the compiler cannot trace sizes that the host reads from boxes: it would run most as it is"
+NOT_COMPILED = {"nms_mask": NO_COMPILED_NMS, "paste_masks": NO_COMPILED_PASTING}
 COMPILED_ELSEWHERE = "takes long to compile: only for train workloads with clustered boxes, and in bf16 where it exists"
 
 
@@ -80,8 +82,16 @@ def variants(call: Call) -> Iterator[Variant]:
     in float16 too, where its coordinates are float16 and miss the gate. The reference indexes cells: channels_last.
 
     torchvision decodes boxes in the deltas' dtype, in bf16 to whole pixels: there it gets fp32, too.
+
+    The mask losses: Triton in both layouts as well. Which of them suits the convolution and which what picks from its
+    channels is not for this table to guess: torchvision's way gets both, and both compiled.
     """
     workload = call.workload
+    if workload.op in ("mask_predictor_loss", "mask_bce_loss"):
+        for provider in ("triton", *BASELINES):
+            layouts = ("channels_last",) if provider == "torch" else ("channels_last", "nchw")
+            yield from (Variant(provider, call.dtype, layout) for layout in layouts)
+        return
     if workload.op not in ROI_OPS:
         for provider in ("triton", *BASELINES):
             widened = provider == "torchvision" and workload.op == "decode_proposals"
@@ -114,9 +124,10 @@ def why_not_here(provider: str, call: Call, device: str) -> str | None:
     if device == "cpu" and provider == DETERMINISTIC_TORCHVISION:
         return NO_DETERMINISTIC_ON_CPU
     op = call.workload.op
-    if provider == "torch.compile" and op == "nms_mask":
-        return NO_COMPILED_NMS
-    if provider == "torch.compile" and device == "cpu" and op in (*ROI_OPS, *RPN_OPS) and op != "box_iou":
+    if provider == "torch.compile" and op in NOT_COMPILED:
+        return NOT_COMPILED[op]
+    quick = ("box_iou", "mask_bce_loss")
+    if provider == "torch.compile" and device == "cpu" and op in (*ROI_OPS, *RPN_OPS, *MASK_OPS) and op not in quick:
         return NO_SLOW_COMPILES_ON_CPU
     if provider == "torch.compile" and device != "cpu" and not _worth_compiling(call):
         return COMPILED_ELSEWHERE
@@ -132,9 +143,10 @@ def may_decide_otherwise(provider: str, op: str) -> bool:
     """Whether an op of exact rules may come out differently from a provider that rounds otherwise.
 
     torch.compile may fuse what the reference computes one by one, and an IoU may then cross a threshold. torchvision
-    shifts the boxes of small problems apart so that one NMS serves all groups, and fuses in its CUDA op.
+    shifts the boxes of small problems apart so that one NMS serves all groups, and fuses in its CUDA op, as PyTorch
+    does in the interpolation that pastes.
     """
-    return provider == ("torchvision" if op == "nms_mask" else "torch.compile")
+    return provider == ("torchvision" if op in ("nms_mask", "paste_masks") else "torch.compile")
 
 
 def get_provider(name: str, op: str) -> Provider:
@@ -149,10 +161,14 @@ def get_provider(name: str, op: str) -> Provider:
     if name == ATOMIC:
         return Provider(name, op, functools.partial(getattr(kernels, op), backend="triton", backward="atomic"))
     if name == "triton":
-        return Provider(name, op, functools.partial(getattr(kernels, op), backend=name))
+        return Provider(name, op, functools.partial(getattr(kernels, op), backend=name, **OPTIONS.get(op, {})))
+    if name == "torch.compile" and op in mask_providers.COMPILED:
+        _prepare_compiler()
+        ordinary = _torchvision(op)
+        return replace(ordinary, name=name, call=torch.compile(ordinary.call, dynamic=False))
     # A grid's anchors are made before the clock starts: the reference is then that of given anchors.
     given = "label_anchors" if op == "label_grid_anchors" else op
-    reference = functools.partial(getattr(kernels, given), backend="torch")
+    reference = functools.partial(getattr(kernels, given), backend="torch", **OPTIONS.get(op, {}))
     if name == "torch.compile":
         _prepare_compiler()
         reference = torch.compile(reference, dynamic=False)
@@ -194,11 +210,11 @@ def _torchvision(op: str) -> Provider:
         "roi_align": _tv_roi_align,
         "multiscale_roi_align": _tv_multiscale_roi_align,
         "joint_multiscale_roi_align": _tv_joint_multiscale_roi_align,
-        "mask_bce_loss": _tv_mask_bce_loss,
     }
     if op in calls:
         return Provider("torchvision", op, calls[op])
-    return Provider("torchvision", op, *rpn_providers.TORCHVISION[op])
+    found = (rpn_providers.TORCHVISION | mask_providers.TORCHVISION)[op]
+    return Provider("torchvision", op, *found, mode=mask_providers.MODES.get(op, nullcontext))
 
 
 def _tv_roi_align(feature: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int) -> Tensor:
@@ -227,8 +243,3 @@ def _tv_joint_multiscale_roi_align(
     """A pooling of its own for each head, as in torchvision's model."""
     sets = zip(rois, sizes, strict=True)
     return [_tv_multiscale_roi_align(features, r, size, scales, sampling_ratio) for r, size in sets]
-
-
-def _tv_mask_bce_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    picked = logits[torch.arange(len(labels), device=labels.device), labels]
-    return F.binary_cross_entropy_with_logits(picked.float(), targets)  # fp32, as under torchvision's autocast

@@ -40,10 +40,11 @@ NO_BASELINE = "no baseline"
 _SUITE_PLACES = {suite: place for place, suite in enumerate(SUITES)}
 NOTES = (
     "Speed-up: the median time of the best baseline over that of Triton's best mode; 2 means twice as fast. The best "
-    "baseline is the quickest of torchvision's op, the PyTorch reference and torch.compile of it, in its best layout "
-    "and in any dtype whose result passed the check: under bf16 it may be an fp32 or fp16 one. The ratio of op_eager, "
-    "what a caller waits for, stands beside it: dispatch can eat a win. Triton atomic, triton apart and torchvision "
-    "deterministic decide nothing: they show what determinism costs, and what joining two calls gains.",
+    "baseline is the quickest of torchvision's op, the PyTorch reference and torch.compile of it (of torchvision's way "
+    "for mask_predictor_loss and mask_targets), in its best layout and in any dtype whose result passed the check: "
+    "under bf16 it may be an fp32 or fp16 one. The ratio of op_eager, what a caller waits for, stands beside it: "
+    "dispatch can eat a win. Triton atomic, triton apart and torchvision deterministic decide nothing: they show what "
+    "determinism costs, and what joining two calls gains.",
     "Interval: where the ratio lies with 99 % confidence, from a bootstrap over the rounds of the run. Noise floor: "
     "how far apart two measurements of one and the same provider were in that run. It counts as no difference unless "
     "the whole interval lies outside the noise floor.",
@@ -56,16 +57,17 @@ ROW_NOTE = (
     "what a caller waits for, dispatch included; first_call: with compilation and autotuning. Medians; quartiles and "
     "ratios are those of the main time, the first column. vs best, vs same dtype: time of the best baseline, in any "
     "dtype or in the row's, over the row's time. Error: largest deviation from the PyTorch reference in float64, over "
-    "its largest value (of labels, of what NMS keeps and of the order of the best: the share that differs). Peak "
-    "memory: what a call allocates beyond what was there; saved: what is kept from forward to backward. Repeats bit "
-    "for bit: whether later runs of a backward, on the same inputs, gave the bits of the first. Where a row waits for "
-    "the device, the host stops inside the call."
+    "its largest value (of labels, of what NMS keeps, of the order of the best and of pasted pixels: the share that "
+    "differs). Peak memory: what a call allocates beyond what was there; both passes: the same of a forward and its "
+    "backward together; saved: what is kept from forward to backward. Repeats bit for bit: whether later runs of a "
+    "backward, on the same inputs, gave the bits of the first. Where a row waits for the device, the host stops inside "
+    "the call."
 )
 PLOT_NOTE = (
     "Each provider in its quickest layout and dtype, on log scales. Lines run from the 25 % to the 75 % quantile, the "
     "whiskers of speed-ups over the 99 % interval. Hollow: stale. Dotted: the roof, a bound and not a measurement. "
-    "Peak memory is what a call allocates beyond what was there, its results included; a cross at the top is a call "
-    "that ran out of it."
+    "Peak memory is what a call, or a forward and its backward, allocates beyond what was there, results included; a "
+    "cross at the top is a call that ran out of it."
 )
 
 

@@ -28,6 +28,9 @@ CALL = ["op", "direction", "workload", "dtype"]
 NAMES = [*CALL, "suite", "provider", "layout", "measured_dtype", "device"]
 ABOVE_ROOF = 1.05
 """A share of the roof that no measurement can reach: ceilings are measured too, to a few per cent."""
+AS_MEASURED = (
+    "error", "tolerance", "peak_memory_bytes", "step_memory_bytes", "saved_bytes", "waits", "shapes", "bitwise", "runs"
+)  # fmt: skip
 MAIN_TIME = {"cuda": "kernel_cold", "cpu": "op_eager"}
 """The time that ratios and verdicts are about, unless another one is named."""
 
@@ -182,8 +185,7 @@ def _call_lines(rows: list[dict], time: str, ceilings: dict | None) -> Iterable[
     for row, found in zip(rows, roofs, strict=True):
         line = {**{n: row[n] for n in NAMES}, "status": row["status"], "reason": row["reason"], "time": time}
         line |= {"stale": why_stale(row), "noise": noise, "session": row["session"]}
-        for name in ("error", "tolerance", "peak_memory_bytes", "saved_bytes", "waits", "shapes", "bitwise", "runs"):
-            line[name] = row.get(name)
+        line |= {name: row.get(name) for name in AS_MEASURED}
         line["first_call"] = row.get("first_call", np.nan) if row["status"] == "ok" else np.nan
         for name in TIMES["cuda"]:
             line[name] = np.median(_samples(row, name)) if _samples(row, name) else np.nan

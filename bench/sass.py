@@ -10,6 +10,7 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from kernels.runtime import HAS_TRITON, INTERPRETED, Launch
 
 TARGET = "sm_90"
+RARE = ("CALL",)
 
 # "/*0230*/  @!P1 LDG.E.128 R4, desc[UR14][R6.64] ;", ".L_x_3:", or "$__internal_0_$...:", where a subroutine begins.
 _LINE = re.compile(r"^\s*(?:(\.L_x_\d+|\$\S+):|/\*[0-9a-f]{4,}\*/\s+(\S[^;]*?)\s*;)", re.MULTILINE)
@@ -46,12 +48,13 @@ class Code:
             raise PredictionError(f"expected {depth} nested loops, found {found}")
         return [end - start + 1 for start, end in found]
 
-    def parts(self, shape: str) -> list[int]:
+    def parts(self, shape: str, rare: Sequence[str] = RARE) -> list[int]:
         """Instructions outside of all loops, then those of each loop that are in no loop inside it, by its start.
 
-        `shape` has a pair of brackets a loop: "()(())" is a loop, then one with another one inside. Not counted are the
-        few instructions that call the slow path of a division, what stands behind the end, and loops that do nothing
-        but count: the compiler makes them of loops that turn out to be empty.
+        `shape` has a pair of brackets a loop: "()(())" is a loop, then one with another one inside. Not counted are
+        what a branch skips unless one of the `rare` instructions is needed (the few that call the slow path of a
+        division), what stands behind the end, and loops that do nothing but count: the compiler makes them of loops
+        that turn out to be empty.
 
         Raises:
             PredictionError: the code has other loops than these.
@@ -67,21 +70,25 @@ class Code:
         text += ")" * len(open_ends)
         if text != shape:
             raise PredictionError(f"expected the loops {shape or 'none'}, found {text or 'none'}: {found}")
-        counts, calls = [0] * (len(found) + 1), self._calls()
+        counts, skipped = [0] * (len(found) + 1), self._skipped(rare)
         for place in range(min(self._end() + 1, len(self.instructions))):
             inside = [number for number, (start, end) in enumerate(found, start=1) if start <= place <= end]
-            counts[inside[-1] if inside else 0] += place not in calls
+            counts[inside[-1] if inside else 0] += place not in skipped
         return counts
 
-    def detour(self) -> int:
-        """Instructions that the longest branch ahead inside a loop skips, without those that `parts` does not count."""
-        loops, calls = self._loops(), self._calls()
+    def detour(self, number: int | None = None, rare: Sequence[str] = RARE) -> int:
+        """Instructions that the longest branch ahead inside a loop skips, without those that `parts` does not count.
+
+        Of all loops, or of that with `number`, by their starts from 0 on.
+        """
+        loops, skipped = self._loops(), self._skipped(rare)
+        loops = loops if number is None else loops[number : number + 1]
         spans = [
             range(source + 1, target)
             for source, target, always in self.branches
             if not always and target > source and any(start <= source and target <= end for start, end in loops)
         ]
-        return sum(place not in calls for place in max(spans, key=len, default=()))
+        return sum(place not in skipped for place in max(spans, key=len, default=()))
 
     def until_exit(self) -> int:
         """Instructions of a program that has nothing to do: up to the first exit, or past a branch around all loops."""
@@ -106,13 +113,13 @@ class Code:
         exits = (place for place, text in enumerate(self.instructions) if text.startswith("EXIT"))
         return next(exits, max([len(self.instructions), *(source for source, *_ in self.branches)]))
 
-    def _calls(self) -> set[int]:
-        """Instructions that a branch skips unless a subroutine has to be called."""
+    def _skipped(self, rare: Sequence[str]) -> set[int]:
+        """Instructions that a branch skips unless one of the `rare` among them has to be run."""
         ahead = [(source, target) for source, target, _ in self.branches if target > source]
         skipped: set[int] = set()
-        for call in (place for place, text in enumerate(self.instructions) if "CALL" in text):
-            around = [(source, target) for source, target in ahead if source < call < target]
-            source, target = min(around, key=lambda span: span[1] - span[0], default=(call, call))
+        for found in (place for place, text in enumerate(self.instructions) if any(word in text for word in rare)):
+            around = [(source, target) for source, target in ahead if source < found < target]
+            source, target = min(around, key=lambda span: span[1] - span[0], default=(found, found))
             skipped.update(range(source + 1, target))
         return skipped
 

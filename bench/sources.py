@@ -10,13 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"
 SHARED = ("backend.py", "checks.py", "device.py", "runtime.py")
-PROVIDERS = ("providers.py", "rpn_providers.py")
-MODELS = ("floors.py", "roi_floors.py", "rpn_floors.py")
+PROVIDERS = ("providers.py", "rpn_providers.py", "mask_providers.py")
+MODELS = ("floors.py", "roi_floors.py", "rpn_floors.py", "mask_floors.py")
 _GRID = ("anchors.py", "device_anchors.py")
+_MASK_LOSS = ("mask_bce_loss", "device_bce.py", "layouts.py")
 FOLDERS = {  # of each op: its folder, and the folders and files of kernels/ that it takes from
-    "roi_align": ("roi_align",),
-    "multiscale_roi_align": ("roi_align",),
-    "joint_multiscale_roi_align": ("roi_align",),
+    "roi_align": ("roi_align", "layouts.py"),
+    "multiscale_roi_align": ("roi_align", "layouts.py"),
+    "joint_multiscale_roi_align": ("roi_align", "layouts.py"),
     "box_iou": ("box_iou",),
     "label_grid_anchors": ("label_anchors", "box_iou", *_GRID),  # the reference forms the matrix
     "label_anchors": ("label_anchors", "box_iou", *_GRID),
@@ -24,7 +25,10 @@ FOLDERS = {  # of each op: its folder, and the folders and files of kernels/ tha
     "stable_topk": ("proposals", "boxes.py", *_GRID),
     "decode_proposals": ("proposals", "boxes.py", *_GRID),
     "nms_mask": ("nms", "box_iou"),
-    "mask_bce_loss": ("mask_bce_loss",),
+    "mask_predictor_loss": ("mask_predictor_loss", *_MASK_LOSS),
+    "mask_targets": ("mask_targets", "mask_pool.py"),
+    "paste_masks": ("paste_masks",),
+    "mask_bce_loss": _MASK_LOSS,
 }
 
 

@@ -54,7 +54,7 @@ def _mib(count: float) -> str:
 
 
 def layout_text(layout: str) -> str:
-    """Only RoI ops have a choice of layouts; for the others the word would say nothing."""
+    """Of an op without a choice of layouts the word would say nothing."""
     return "" if layout == "contiguous" else f" {layout}"
 
 
@@ -95,6 +95,7 @@ COLUMNS: dict[str, Callable[[object], str]] = {
     "repeats bit for bit": repeats_text,
     "error": lambda row: "–" if pd.isna(row.error) else f"{row.error:.1e}" if row.error else "0",
     "peak memory": lambda row: _mib(row.peak_memory_bytes),
+    "both passes": lambda row: _mib(row.step_memory_bytes),
     "saved": lambda row: _mib(row.saved_bytes),
     "first_call": lambda row: seconds_text(row.first_call),
 }

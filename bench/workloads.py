@@ -20,11 +20,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import rpn_inputs
+from . import mask_inputs, rpn_inputs
 from .inputs import BUILDERS, Draw, Inputs, Sizes
 
 __all__ = [
     "DIRECTIONS",
+    "MASK_OPS",
     "OPS",
     "ROI_OPS",
     "RPN_OPS",
@@ -48,17 +49,22 @@ OPS = (
     "stable_topk",
     "decode_proposals",
     "nms_mask",
+    "mask_predictor_loss",
+    "mask_targets",
+    "paste_masks",
     "mask_bce_loss",
 )
-ROI_OPS, RPN_OPS = OPS[:3], OPS[3:-1]
-DIFFERENTIABLE = (*ROI_OPS, "box_iou", "rpn_loss", "mask_bce_loss")
-FP32_OPS = ("label_grid_anchors", "label_anchors", "box_iou", "nms_mask")  # of boxes alone
+ROI_OPS, RPN_OPS, MASK_OPS = OPS[:3], OPS[3:-4], OPS[-4:]
+DIFFERENTIABLE = (*ROI_OPS, "box_iou", "rpn_loss", "mask_predictor_loss", "mask_bce_loss")
+FP32_OPS = (  # of boxes alone, or of masks that a model has as float32
+    "label_grid_anchors", "label_anchors", "box_iou", "nms_mask", "mask_targets", "paste_masks"
+)  # fmt: skip
 DETERMINISTIC = "one-image"  # the workload that torchvision's deterministic RoIAlign has memory for
 DIRECTIONS = {op: ("forward", "backward") if op in DIFFERENTIABLE else ("forward",) for op in OPS}
 SUITES = ("train", "inference", "small", "adversarial", "sweep", "cpu")  # most valuable first
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-FAMILIES = {"roi_align": ROI_OPS, "rpn": RPN_OPS}  # word -> the ops that it selects
-_BUILDERS = BUILDERS | rpn_inputs.BUILDERS
+FAMILIES = {"roi_align": ROI_OPS, "rpn": RPN_OPS, "mask": MASK_OPS}  # word -> the ops that it selects
+_BUILDERS = BUILDERS | rpn_inputs.BUILDERS | mask_inputs.BUILDERS
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Workload:
     name: str
     suite: str
     sizes: Sizes
-    sweep: str = ""  # the field of `sizes` that differs from the `train` workload
+    sweep: str = ""  # the field of `sizes` that differs from the `train` workload, or else from the `inference` one
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -109,6 +115,8 @@ class Workload:
         """Hash of the sizes, boxes, counts and labels: results of different inputs are not to be compared."""
         inputs = self.boxes_only(torch.float32)
         digest = hashlib.sha256(repr((inputs.shapes(), inputs.numbers())).encode())
+        if self.op in mask_inputs.OPTIONS:
+            digest.update(repr(mask_inputs.OPTIONS[self.op]).encode())
         for tensor in inputs.tensors():
             if not tensor.is_meta:
                 digest.update(tensor.numpy().tobytes())
@@ -161,7 +169,9 @@ _MASK = Sizes(16, _FULL, rois=128, output_size=14)
 _JOINT = replace(_BOX, mask_rois=128)  # what a training step pools, box head and mask head together
 _ANCHORS = Sizes(16, _FULL, ragged=True)  # 268,569 anchors
 _TOP = Sizes(16, _FULL, rois=2000)  # of each level of an image
-_LOSS = Sizes(0, _FULL, masks=2048)
+_LOSS = Sizes(0, _FULL, masks=2048)  # 128 of each of 16 images
+_TARGETS = Sizes(16, _FULL, rois=128, ragged=True)
+_PASTED = Sizes(1, (800, 1333), masks=100)
 
 
 def _multiscale_roi_align() -> Iterator[Workload]:
@@ -223,11 +233,29 @@ def _proposals() -> Iterator[Workload]:
         yield Workload("nms_mask", f"boxes-{boxes}", "sweep", replace(_TOP, rois=boxes), "rois")
 
 
-def _mask_bce_loss() -> Iterator[Workload]:
-    yield Workload("mask_bce_loss", "train", "train", _LOSS)
-    yield Workload("mask_bce_loss", "small", "small", replace(_LOSS, masks=8))
-    for masks in (16, 128, 512):
-        yield Workload("mask_bce_loss", f"positives-{masks}", "sweep", replace(_LOSS, masks=masks), "masks")
+def _mask_losses() -> Iterator[Workload]:
+    for op in ("mask_predictor_loss", "mask_bce_loss"):
+        yield Workload(op, "train", "train", _LOSS)
+        yield Workload(op, "small", "small", replace(_LOSS, masks=8))
+        for masks in (16, 128, 512):
+            yield Workload(op, f"positives-{masks}", "sweep", replace(_LOSS, masks=masks), "masks")
+    for classes in (2, 21, 366, 1204):  # one class: all RoIs add to the same gradient
+        sizes = replace(_LOSS, classes=classes)
+        yield Workload("mask_predictor_loss", f"classes-{classes}", "sweep", sizes, "classes")
+
+
+def _masks() -> Iterator[Workload]:
+    yield Workload("mask_targets", "train", "train", _TARGETS)
+    yield Workload("mask_targets", "small", "small", replace(_TARGETS, images=1, rois=8, objects=8, ragged=False))
+    for objects in (10, 100, 300):
+        yield Workload("mask_targets", f"objects-{objects}", "sweep", replace(_TARGETS, objects=objects), "objects")
+    yield Workload("paste_masks", "inference", "inference", _PASTED)
+    yield Workload("paste_masks", "small", "small", Sizes(1, _SMALL, masks=8))
+    for masks in (10, 300):
+        yield Workload("paste_masks", f"masks-{masks}", "sweep", replace(_PASTED, masks=masks), "masks")
+    for height, width in ((400, 667), (1200, 2000)):
+        sizes = replace(_PASTED, image_size=(height, width))
+        yield Workload("paste_masks", f"image-{height}x{width}", "sweep", sizes, "image_size")
 
 
 def _cpu() -> Iterator[Workload]:
@@ -241,6 +269,9 @@ def _cpu() -> Iterator[Workload]:
         yield Workload(op, "cpu", "cpu", few)
     yield Workload("box_iou", "cpu", "cpu", Sizes(2, _SMALL, rois=500, objects=20))
     yield Workload("mask_bce_loss", "cpu", "cpu", Sizes(0, _SMALL, masks=32))
+    yield Workload("mask_predictor_loss", "cpu", "cpu", Sizes(0, _SMALL, masks=32, channels=64))
+    yield Workload("mask_targets", "cpu", "cpu", replace(few, rois=32))
+    yield Workload("paste_masks", "cpu", "cpu", Sizes(1, (256, 320), masks=10))
 
 
 WORKLOADS = (
@@ -250,7 +281,8 @@ WORKLOADS = (
     *_labels(),
     *_boxes(),
     *_proposals(),
-    *_mask_bce_loss(),
+    *_mask_losses(),
+    *_masks(),
     Workload("roi_align", "train", "train", _BOX),  # the drop-in: one map, at stride 16
     Workload("multiscale_roi_align", "train-box-uniform", "train", replace(_BOX, boxes="uniform")),
     Workload("multiscale_roi_align", "train-mask-uniform", "train", replace(_MASK, boxes="uniform")),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import (
     AnchorGrid,
+    MaskPool,
     batched_nms,
     box_iou,
     decode_proposals,
@@ -22,8 +23,12 @@ from kernels import (
     label_anchors,
     label_grid_anchors,
     mask_bce_loss,
+    mask_predictor_loss,
+    mask_targets,
     multiscale_roi_align,
     nms_mask,
+    paste_mask_crops,
+    paste_masks,
     roi_align,
     rpn_loss,
     stable_topk,
@@ -76,6 +81,17 @@ def op_calls() -> Iterator[Call]:
     ):
         name = f"mask_bce_loss {NAMES[dtype]} {layout}"
         yield Call(name, lambda d=dtype, lay=layout, t=targets: _mask(d, lay, t))
+    for dtype, layout, relu in (
+        (BF16, "channels_last", True),
+        (BF16, "nchw", True),
+        (FP32, "channels_last", False),
+        (FP64, "channels_last", True),
+    ):
+        name = f"mask_predictor_loss {NAMES[dtype]} {layout}{' relu' if relu else ''}"
+        yield Call(name, lambda d=dtype, lay=layout, r=relu: _predictor(d, lay, r))
+    for size, style, packed in ((28, "torchvision", True), (56, "detectron2", False)):
+        name = f"mask_targets {size}x{size} {style} of {'bits' if packed else 'bytes'}"
+        yield Call(name, lambda n=size, s=style, p=packed: _targets(n, s, p))
     for dtype, given, beta in ((BF16, False, 1 / 9), (FP32, True, 0.0), (FP64, False, 1 / 9)):
         name = f"rpn_loss {NAMES[dtype]} {'given anchors' if given else 'grid'} beta {beta:.2g}"
         yield Call(name, lambda d=dtype, g=given, b=beta: _rpn_loss(d, g, b))
@@ -84,6 +100,11 @@ def op_calls() -> Iterator[Call]:
     for dtype, given in ((BF16, False), (FP32, True)):
         name = f"decode_proposals {NAMES[dtype]} {'given anchors' if given else 'grid'}"
         yield Call(name, lambda d=dtype, g=given: _decode(d, g))
+    # A mask a detection, of images whose rows are and are not of a multiple of 16 pixels.
+    for dtype, width, threshold in ((FP32, 1333, 0.5), (BF16, 1344, 0.5), (FP32, 1333, None)):
+        name = f"paste_masks {NAMES[dtype]} 800 x {width}{' values' if threshold is None else ''}"
+        yield Call(name, lambda d=dtype, w=width, t=threshold: _paste(d, w, t))
+    yield Call("paste_mask_crops fp32", _paste_crops)
 
 
 def _pool_calls() -> Iterator[Call]:
@@ -181,12 +202,41 @@ def _mask(dtype: torch.dtype, layout: str, targets: torch.dtype) -> None:
     _backward(mask_bce_loss(logits, labels, masks, backend="triton"), [logits])
 
 
+def _predictor(dtype: torch.dtype, layout: str, relu: bool) -> None:
+    """As under autocast: the weight in fp32, and targets as mask_targets gives them."""
+    wide = FP64 if dtype == FP64 else FP32
+    features = _leaf((16 * IMAGES, CHANNELS, 28, 28), dtype, layout)
+    leaves = [features, _leaf((CLASSES, CHANNELS), wide), _leaf((CLASSES,), wide)]
+    labels, targets = torch.zeros(len(features), dtype=torch.int64), torch.empty(len(features), 28, 28)
+    _backward(mask_predictor_loss(*leaves, labels, targets, relu=relu, backend="triton"), leaves)
+
+
+def _targets(size: int, style: str, packed: bool) -> None:
+    offset, sizes = torch.zeros(IMAGES, OBJECTS, dtype=torch.int64), torch.zeros(IMAGES, 2, dtype=torch.int64)
+    extent = torch.zeros(IMAGES, OBJECTS, 4, dtype=torch.int32)
+    pool = MaskPool(torch.zeros(1 << 16, dtype=torch.uint8), offset, extent, sizes, (800, 1344), packed)
+    matched = torch.zeros(IMAGES, 128, dtype=torch.int64)
+    mask_targets(pool, torch.empty(IMAGES, 128, 4), matched, size, style, backend="triton")
+
+
 def _rpn_loss(dtype: torch.dtype, given: bool, beta: float) -> None:
     leaves = [_leaf((IMAGES, ANCHORS), dtype), _leaf((IMAGES, ANCHORS, 4), dtype)]
     objects, matched = torch.empty(IMAGES, OBJECTS, 4), torch.zeros(IMAGES, ANCHORS, dtype=torch.int32)
     index, drawn = torch.zeros(IMAGES, 256, dtype=torch.int64), torch.zeros(IMAGES, 256, dtype=torch.bool)
     losses = rpn_loss(*leaves, _anchors(given), objects, matched, index, drawn, drawn, beta, backend="triton")
     _backward(list(losses), leaves)
+
+
+def _paste(dtype: torch.dtype, width: int, threshold: float | None) -> None:
+    masks, boxes = torch.empty(OBJECTS, 28, 28, dtype=dtype), torch.empty(OBJECTS, 4)
+    paste_masks(masks, boxes, (800, width), threshold, backend="triton")
+
+
+def _paste_crops() -> None:
+    windows = torch.tensor([[20, 30, 200, 150]]).expand(OBJECTS, 4)
+    paste_mask_crops(
+        torch.empty(OBJECTS, 28, 28), torch.empty(OBJECTS, 4), (800, 1333), windows=windows, backend="triton"
+    )
 
 
 def _topk(dtype: torch.dtype) -> None:

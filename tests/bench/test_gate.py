@@ -8,7 +8,7 @@ from tiny_workloads import tiny
 
 import kernels
 from bench.follow import KERNELS, Following
-from bench.gate import DECISIONS, LABEL_OPS, ROIS_AT_ONCE, ROUNDED_TOLERANCES, Truth, WrongResultError
+from bench.gate import BOOLEANS, DECISIONS, LABEL_OPS, ROIS_AT_ONCE, ROUNDED_TOLERANCES, Truth, WrongResultError
 from bench.parts import BATCHED, count_images, listed
 from bench.providers import get_provider, variants
 from bench.workloads import DIRECTIONS, OPS, ROI_OPS, WORKLOADS, Call, Sizes, Workload
@@ -38,7 +38,8 @@ def test_the_gate_turns_red(op):
     if op in LABEL_OPS:
         rest[0] = -1 - rest[0]
     else:
-        last = {"nms_mask": torch.logical_not, "stable_topk": torch.fliplr}.get(op, lambda right: right * 1.01)(last)
+        spoil = dict.fromkeys(BOOLEANS, torch.logical_not) | {"stable_topk": torch.fliplr}
+        last = spoil.get(op, lambda right: right * 1.01)(last)
     with pytest.raises(WrongResultError, match="exceeds"):
         Truth(op, inputs).check_forward([*rest, last], torch.float32).require()
 
@@ -136,14 +137,14 @@ def test_labels_have_to_be_equal_where_it_matters():
 
 @pytest.mark.parametrize("op", DECISIONS)
 def test_ours_has_to_decide_exactly(op):
-    # One label, box or place is a bug of a kernel; only of those who round otherwise a few are forgiven.
-    sizes = Sizes(1, (256, 320), objects=20, rois=400, levels=1)
+    # One label, box, pixel or place is a bug of a kernel; only of those who round otherwise a few are forgiven.
+    sizes = Sizes(1, (256, 320), objects=20, rois=400, levels=1, masks=3)
     inputs = Workload(op, "one", "cpu", sizes).build("cpu", torch.float32)
     first, *rest = listed(computed(op, inputs))
     if op in LABEL_OPS:
         first[0, (first[0] == 1).nonzero()[0]] = 0
-    elif op == "nms_mask":
-        first[0, first[0].nonzero()[0]] = False
+    elif op in BOOLEANS:
+        first[tuple(first.nonzero()[0])] = False
     else:
         first[0, 7] += 1
     checked = [Truth(op, inputs).check_forward((first, *rest), torch.float32, rounded) for rounded in (False, True)]
@@ -168,6 +169,27 @@ def test_boxes_have_to_be_fp32s_whatever_the_deltas_are():
     assert {v.dtype for v in chosen if v.provider == "torchvision"} == {torch.float32}
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_every_gradient_of_the_predictor_is_looked_at(wrong):
+    # Those of the weight and the bias are small beside the features' 822 MB, and quickly left out.
+    inputs = tiny("mask_predictor_loss").build("cpu", torch.float32, grad=True)
+    loss = get_provider("torch", "mask_predictor_loss")(inputs)
+    grads = list(torch.autograd.grad(loss, inputs.leaves))
+    truth = Truth("mask_predictor_loss", inputs)
+    truth.check_backward(grads, [torch.tensor(1.0)], torch.bfloat16).require()
+    grads[wrong] = 0.9 * grads[wrong]
+    with pytest.raises(WrongResultError):
+        truth.check_backward(grads, [torch.tensor(1.0)], torch.bfloat16).require()
+
+
+def test_the_predictor_is_checked_with_its_relu():
+    # Without it a provider could skip the ReLU, which the model leaves to this op.
+    inputs = tiny("mask_predictor_loss").build("cpu", torch.float32)
+    loss = kernels.mask_predictor_loss(*inputs.args, backend="torch")
+    with pytest.raises(WrongResultError):
+        Truth("mask_predictor_loss", inputs).check_forward(loss, torch.bfloat16).require()
+
+
 def test_one_of_two_losses_is_not_enough():
     # Each has its own gradient to see: the deltas' is that of the box loss alone.
     inputs = tiny("rpn_loss").build("cpu", torch.float32, grad=True)
@@ -187,7 +209,7 @@ BATCHES = ("multiscale_roi_align", "joint_multiscale_roi_align", *BATCHED)
 @pytest.mark.parametrize("op", BATCHES)
 def test_every_image_can_be_checked(op):
     # A provider that computes only the images that are always looked at must not pass: others are drawn later.
-    sizes = Sizes(4, (128, 160), rois=6, mask_rois=3, channels=2, objects=3, levels=1)
+    sizes = Sizes(4, (128, 160), rois=6, mask_rois=3, channels=2, objects=3, levels=1, masks=4)
     inputs = Workload(op, "four", "cpu", sizes).build("cpu", torch.float32)
     assert count_images(op, inputs) == 4
     output = computed(op, inputs)
@@ -200,7 +222,7 @@ def test_every_image_can_be_checked(op):
         elif op in LABEL_OPS:
             output[0][images[-1]] = -1 - output[0][images[-1]]
         else:
-            last[images[-1]] = ~last[images[-1]] if op == "nms_mask" else last[images[-1]] + 1
+            last[images[-1]] = ~last[images[-1]] if op in BOOLEANS else last[images[-1]] + 1
         with pytest.raises(WrongResultError):
             truth.check_forward(output, torch.float32).require()
         output = computed(op, inputs)

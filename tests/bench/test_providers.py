@@ -5,8 +5,9 @@ import torch
 from tiny_workloads import tiny
 
 import kernels
-from bench import measure
+from bench import mask_providers, measure
 from bench.gate import Truth
+from bench.inputs import Inputs
 from bench.measure import Contestant, Draws, measure_call
 from bench.parts import listed
 from bench.providers import (
@@ -25,7 +26,7 @@ from bench.providers import (
 )
 from bench.repeats import MOST_RUNS, repeats_bit_for_bit
 from bench.timing import CpuClock
-from bench.workloads import DETERMINISTIC, DIRECTIONS, OPS, ROI_OPS, RPN_OPS, Call, Sizes, Workload, calls
+from bench.workloads import DETERMINISTIC, DIRECTIONS, MASK_OPS, OPS, ROI_OPS, RPN_OPS, Call, Sizes, Workload, calls
 
 
 def providers(call):
@@ -129,6 +130,75 @@ def test_our_proposal_ops_pass_the_gate(op, device):
         truth.check_backward(grads, grad_outputs, torch.float32).require()
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("op", MASK_OPS)
+def test_our_mask_ops_pass_the_gate(op, layout, device):
+    # A pool, three leaves and a keyword go through the same harness: on a GPU a study must not be the first to try.
+    sizes = Sizes(2, (40, 56), rois=2, objects=2, masks=3, classes=4, channels=9, mask_size=5)
+    grad = "backward" in DIRECTIONS[op]
+    if layout == "channels_last" and not grad:
+        pytest.skip("the op has no choice of layouts")
+    inputs = Workload(op, "mini", "cpu", sizes).build(device.type, torch.float32, layout, grad=grad)
+    outputs = listed(get_provider("triton", op)(inputs))
+    truth, grad_outputs = Truth(op, inputs), [torch.full_like(o, 3.0) for o in outputs]
+    truth.check_forward(outputs, torch.float32).require()
+    if grad:
+        grads = torch.autograd.grad(outputs, inputs.leaves, grad_outputs)
+        truth.check_backward(grads, grad_outputs, torch.float32).require()
+        channels_last = grads[0].is_contiguous(memory_format=torch.channels_last)
+        assert channels_last == (layout == "channels_last")  # what the row is called is what it ran in
+
+
+def test_rows_of_the_mask_losses():
+    # Which layout is torchvision's best nobody knows before: the best of both is the baseline, compiled too.
+    for op in ("mask_predictor_loss", "mask_bce_loss"):
+        found = [(v.provider, v.layout) for v in variants(Call(tiny(op), "backward", torch.bfloat16))]
+        both = [(p, lay) for p in ("triton", "torchvision", "torch.compile") for lay in ("channels_last", "nchw")]
+        assert sorted(found) == sorted([*both, ("torch", "channels_last")])
+        assert {v.dtype for v in variants(Call(tiny(op), "backward", torch.bfloat16))} == {torch.bfloat16}
+
+
+def test_what_is_compiled_of_the_mask_branch():
+    # The reference multiplies by one class's weights: compiled, it would not be the path that models have today.
+    found = get_provider("torch.compile", "mask_predictor_loss")
+    assert found.name == "torch.compile" and found.mode is mask_providers.convolutions
+    assert found.call._torchdynamo_orig_callable is mask_providers._mask_predictor_loss
+    train = [c for c in calls("cuda") if c.workload.suite in ("train", "inference") and c.workload.op in MASK_OPS]
+    first = [c for c in train if c.dtype == c.workload.dtypes[0]]
+    skipped = {c.workload.op: why_not_here("torch.compile", c, "cuda") for c in first}
+    assert {op for op, reason in skipped.items() if reason} == {"paste_masks"} and "trace" in skipped["paste_masks"]
+    slow = {c.workload.op for c in calls("cpu") if why_not_here("torch.compile", c, "cpu")}
+    assert slow & set(MASK_OPS) == {"mask_predictor_loss", "mask_targets", "paste_masks"}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_convolutions_leave_cudnn_as_it_was(before):
+    # TF32 left off, or algorithms tried, would slow down or change whoever is measured next.
+    cudnn = torch.backends.cudnn
+    kept = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = before, before
+    try:
+        with pytest.raises(KeyError), mask_providers.convolutions():
+            assert cudnn.benchmark and not cudnn.allow_tf32
+            raise KeyError
+        assert (cudnn.benchmark, cudnn.allow_tf32) == (before, before)
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = kept
+
+
+def test_torchvisions_masks_are_in_memory_before_the_clock_starts(monkeypatch):
+    # Bytes of full size, an image's own, as its data loader leaves them: making them of a pool is nobody's path.
+    inputs, run = tiny("mask_targets").build("cpu", torch.float32), get_provider("torchvision", "mask_targets")
+    pool = inputs.args[0]
+    masks, boxes, matched, size = run.adapt(inputs).args
+    for image, (of_image, number) in enumerate(zip(masks, (pool.extent[..., 2] > 0).sum(1).tolist(), strict=True)):
+        assert of_image.dtype == torch.uint8 and of_image.shape == (number, 128, 160)
+        assert torch.equal(of_image.bool(), pool.dense(image)[:number])
+    assert len(boxes) == len(matched) == 3 and size == 8
+    monkeypatch.setattr(kernels.MaskPool, "masks", None)
+    assert run(Inputs((masks, boxes, matched, size))).shape == (3, 7, 8, 8)
+
+
 @pytest.mark.parametrize("provider", ["torch", "torchvision"])
 @pytest.mark.parametrize("op", ["label_grid_anchors", "rpn_loss", "decode_proposals"])
 def test_baselines_get_their_anchors_before_the_clock_starts(op, provider, monkeypatch):
@@ -156,7 +226,7 @@ def test_torchvisions_loss_is_computed_its_way():
 
 def test_new_inputs_reach_what_a_provider_made_of_the_old():
     # torchvision's lists and masks are copies: left as they were, its second check would be of the first draw.
-    for op in ("nms_mask", "rpn_loss", "decode_proposals"):
+    for op in ("nms_mask", "rpn_loss", "decode_proposals", "mask_targets"):
         draws = Draws(Call(tiny(op), "forward", torch.float32), "cpu")
         contestant = Contestant(Variant("torchvision", torch.float32, "contiguous"), draws, CpuClock())
         before = listed(contestant())
@@ -169,7 +239,8 @@ def test_new_inputs_reach_what_a_provider_made_of_the_old():
 def test_who_may_decide_otherwise():
     # The rules are exact: nobody else is forgiven a label, and ours never.
     forgiven = {(p, op) for op in OPS for p in ("triton", *BASELINES) if may_decide_otherwise(p, op)}
-    assert ("torchvision", "nms_mask") in forgiven and ("torchvision", "label_grid_anchors") not in forgiven
+    assert {("torchvision", "nms_mask"), ("torchvision", "paste_masks")} <= forgiven
+    assert ("torchvision", "label_grid_anchors") not in forgiven
     assert ("torch.compile", "label_anchors") in forgiven and not {p for p, _ in forgiven} & {"triton", "torch"}
 
 

@@ -200,6 +200,44 @@ def test_memory_is_a_curve_with_its_end(tmp_path):
     assert dict(zip(anchors["label"], anchors["mib"], strict=True)) == {"67k": 220, "269k": 900, "604k": 2000}
 
 
+def predictor_memory():
+    """The forward keeps more of the ordinary path than its backward takes: of both passes it is the larger part."""
+    rows = []
+    for name, mib in {"classes-2": 700, "train": 900, "classes-366": 2000}.items():
+        common = {"op": "mask_predictor_loss", "direction": "backward", "workload": name, "dtype": "bf16"}
+        for layout, more in (("nchw", 5), ("channels_last", 0)):
+            memory = {"peak_memory_bytes": mib * 2**20, "step_memory_bytes": (3 * mib + more) * 2**20}
+            rows.append(row("torchvision", 5.0, layout=layout, **memory, **common))
+        memory = {"peak_memory_bytes": 500 * 2**20, "step_memory_bytes": 600 * 2**20}
+        rows.append(row("triton", 0.1, layout="channels_last", **memory, noise=0.01, **common))
+    return rows
+
+
+def test_memory_of_both_passes_is_drawn_and_written(tmp_path):
+    # The predictor's goal is about what a step has to have: a backward's own peak leaves out what the forward kept.
+    table = read_results(save_study(tmp_path / "study", predictor_memory())).table()
+    curves = memory_curves("mask_predictor_loss", table)
+    assert list(curves) == ["classes"]
+    theirs = curves["classes"][curves["classes"]["provider"] == "torchvision"].sort_values("size")
+    assert list(theirs["size"]) == [2, 81, 366] and list(theirs["mib"]) == [2100, 2700, 6000]  # its better layout
+    html, text, plots = report(tmp_path, predictor_memory())
+    assert "mask_predictor_loss-backward-memory.png" in plots
+    for words in (html, text):
+        assert "peak memory of a forward and its backward" in words and "both passes" in words
+    assert "2,700.0 MiB" in text and "600.0 MiB" in text
+
+
+def test_pasting_is_a_curve_through_its_inference_workload(tmp_path):
+    # It has no training workload: without the canonical point a curve would lack its middle.
+    common = {"op": "paste_masks", "layout": "contiguous", "noise": 0.01}
+    rows = [
+        row("triton", ms, workload=w, **common) for w, ms in (("masks-10", 0.1), ("inference", 1), ("masks-300", 3))
+    ]
+    table = read_results(save_study(tmp_path / "study", rows)).table()
+    points = scaling_curves("paste_masks", table)["masks"].sort_values("size")
+    assert list(points["size"]) == [10, 100, 300]
+
+
 def test_out_of_memory_is_in_the_report(tmp_path):
     # In the table, among the baselines that failed, and in the figure: a missing row would read as "not tried".
     html, text, plots = report(tmp_path, memory_rows())

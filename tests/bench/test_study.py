@@ -31,7 +31,7 @@ from bench.study import (
 )
 from bench.timing import METHOD
 from bench.worker import TimeIsUpError, Worker, WorkerError
-from bench.workloads import DTYPE_NAMES, OPS, ROI_OPS, RPN_OPS, SUITES, calls
+from bench.workloads import DTYPE_NAMES, MASK_OPS, OPS, ROI_OPS, RPN_OPS, SUITES, calls
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"gpu": None, "versions": {"torch": "2"}}
@@ -343,7 +343,7 @@ def test_a_bad_budget_is_one_sentence(text):
         parse_budget(text)
 
 
-@pytest.mark.parametrize(("word", "ops"), [("rpn", RPN_OPS), ("roi_align", ROI_OPS)])
+@pytest.mark.parametrize(("word", "ops"), [("rpn", RPN_OPS), ("roi_align", ROI_OPS), ("mask", MASK_OPS)])
 def test_a_family_is_selected_by_its_word(word, ops):
     # `roi_align` is an op's name, too, and must bring the others along; `rpn` is none.
     for device in ("cuda", "cpu"):

@@ -6,14 +6,19 @@ import torch
 from tiny_workloads import TINY, tiny
 
 import kernels
+from bench import mask_inputs
 from bench.boxes import anchor_grid
+from bench.inputs import Inputs
+from bench.mask_inputs import draw_pool
 from bench.rpn_inputs import near_labels
-from bench.workloads import DTYPE_NAMES, OPS, RPN_OPS, SUITES, WORKLOADS, Sizes, Workload, calls
+from bench.workloads import DTYPE_NAMES, MASK_OPS, OPS, RPN_OPS, SUITES, WORKLOADS, Sizes, Workload, calls
 
 
 def same(a, b):
     if isinstance(a, (list, tuple)):
         return all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, kernels.MaskPool):
+        return same(a.flat(), b.flat())
     if isinstance(a, kernels.AnchorGrid):
         return torch.equal(a.cells, b.cells) and (a.extents, a.strides) == (b.extents, b.strides)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -58,6 +63,9 @@ FROZEN = {
     "stable_topk": "c62c5f6cce14",
     "decode_proposals": "951b6920e646",
     "nms_mask": "33b229841d6a",
+    "mask_predictor_loss": "f856f6d24056",
+    "mask_targets": "f4aa5496ef49",
+    "paste_masks": "41298945140a",
     "mask_bce_loss": "5ba62f238de3",
 }
 
@@ -235,3 +243,72 @@ def test_the_word_rpn_selects_what_a_proposal_network_needs():
     assert {c.workload.op for c in calls("cpu") if "rpn" in c.words} == found
     types = {DTYPE_NAMES[d] for w in WORKLOADS if (w.op, w.suite) == ("rpn_loss", "train") for d in w.dtypes}
     assert types == {"bf16", "fp32"}
+
+
+def test_the_word_mask_selects_the_mask_branch():
+    # `study --only mask` is how a session on a GPU gets these rows alone.
+    for device in ("cuda", "cpu"):
+        assert {call.workload.op for call in calls(device) if "mask" in call.words} == set(MASK_OPS)
+    passes = {(c.workload.op, c.direction) for c in calls("cuda") if c.workload.op in MASK_OPS}
+    losses, rest = ("mask_predictor_loss", "mask_bce_loss"), ("mask_targets", "paste_masks")
+    assert passes == {(op, d) for op in losses for d in ("forward", "backward")} | {(op, "forward") for op in rest}
+    types = {(w.op, DTYPE_NAMES[d]) for w in WORKLOADS if (w.op in MASK_OPS and w.suite == "train") for d in w.dtypes}
+    assert types == {(op, d) for op in losses for d in ("bf16", "fp32")} | {("mask_targets", "fp32")}
+
+
+def test_the_canonical_masks_are_those_of_the_goals():
+    # 2048 positives of 81 classes, 128 of each of 16 images with 50 objects on average; 100 masks pasted.
+    found = {w.op: w for w in WORKLOADS if w.op in MASK_OPS and w.suite in ("train", "inference")}
+    features, weight, *_ = found["mask_predictor_loss"].boxes_only(torch.bfloat16).args
+    assert (features.shape, weight.shape) == ((2048, 256, 28, 28), (81, 256))
+    assert (features.dtype, weight.dtype) == (torch.bfloat16, torch.float32)  # as under autocast
+    masks, boxes, image_size = found["paste_masks"].boxes_only(torch.float32).args
+    assert (masks.shape, boxes.shape, image_size) == ((100, 28, 28), (100, 4), (800, 1333))
+    pool, boxes, matched, size = found["mask_targets"].boxes_only(torch.float32).args
+    assert (boxes.shape, size, pool.padded_size, pool.packed) == ((16, 128, 4), 28, (800, 1344), True)
+    counts = (pool.extent[..., 2] > 0).sum(1)
+    assert counts.float().mean() == 50 and counts.min() == 1 and counts.max() == 99
+    objects = pool.extent.gather(1, matched[..., None].expand(-1, -1, 4)).float()
+    iou = torch.stack([kernels.box_iou(a, b, backend="torch").diag() for a, b in zip(boxes, objects, strict=True)])
+    assert (iou >= 0.5).float().mean() > 0.95  # boxes a detector takes for positive, of objects that are there
+
+
+def test_a_pool_holds_blobs_in_the_boxes_of_its_objects():
+    # The bits against an ordinary picture: a row, a byte or an offset out of place would be another workload.
+    objects = torch.tensor([[[3.2, 2.0, 20.7, 11.5], [0, 0, 0, 0], [30.0, 5.0, 38.0, 21.9]], [[0, 0, 0, 0]] * 3])
+    pool = draw_pool(objects, (24, 40), torch.Generator().manual_seed(0))
+    assert pool.extent.tolist() == [[[3, 2, 21, 12], [0, 0, 0, 0], [30, 5, 38, 22]], [[0, 0, 0, 0]] * 3]
+    assert pool.offset.tolist() == [[0, 0, 30], [0, 0, 0]] and len(pool.bitmaps) == 30 + 17
+    assert pool.sizes.tolist() == [[24, 40]] * 2
+    for slot, (x0, y0, x1, y1) in ((0, (3, 2, 21, 12)), (2, (30, 5, 38, 22))):
+        mask = pool.dense(0)[slot]
+        crop = mask[y0:y1, x0:x1]
+        assert crop.sum() == mask.sum() and 0.6 < crop.float().mean() < 0.9  # an ellipse fills 0.785 of its box
+        assert crop.any(1).all() and (crop.int().diff(dim=1).abs().sum(1) <= 2).all()  # one interval in each row
+    assert not pool.dense(1).any()
+
+
+def test_a_fresh_pool_has_other_masks_in_the_same_places():
+    # Objects of other sizes would be a pool of another length, which cannot go into the same tensors.
+    once, again = (tiny("mask_targets").build("cpu", torch.float32, fresh=n).args for n in (0, 1))
+    assert torch.equal(once[0].extent, again[0].extent) and not torch.equal(once[0].bitmaps, again[0].bitmaps)
+    assert not torch.equal(once[1], again[1])
+
+
+def test_a_fingerprint_sees_the_pools_form_and_the_options():
+    # The same bytes, packed or not, are other masks; with the ReLU it is another loss.
+    inputs = tiny("mask_targets").build("cpu", torch.float32)
+    plain = Inputs((replace(inputs.args[0], packed=False), *inputs.args[1:]))
+    assert inputs.shapes() == plain.shapes() and inputs.numbers() != plain.numbers()
+    workload = tiny("mask_predictor_loss")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(mask_inputs.OPTIONS, "mask_predictor_loss", {"relu": False})
+        changed = replace(workload).fingerprint
+    assert changed != workload.fingerprint
+
+
+def test_a_mapped_pool_keeps_its_integers():
+    # The truth is computed from float64 copies; bits and places are none.
+    inputs = tiny("mask_targets").build("cpu", torch.float32).map(lambda t: t.double() if t.is_floating_point() else t)
+    pool, boxes, *_ = inputs.args
+    assert boxes.dtype == torch.float64 and pool.bitmaps.dtype == torch.uint8

@@ -13,6 +13,9 @@ TINY = {
     "stable_topk": Sizes(3, (128, 160), rois=20),
     "decode_proposals": Sizes(3, (128, 160), rois=20),
     "nms_mask": Sizes(2, (128, 160), rois=40, objects=3),
+    "mask_predictor_loss": Sizes(0, (512, 672), masks=5, classes=5, mask_size=6, channels=9),
+    "mask_targets": Sizes(3, (128, 160), rois=7, objects=3, ragged=True, mask_size=8),
+    "paste_masks": Sizes(1, (128, 160), masks=4, objects=3, mask_size=8),
     "mask_bce_loss": Sizes(0, (512, 672), masks=3, classes=5, mask_size=8),
 }
 

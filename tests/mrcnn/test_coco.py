@@ -104,6 +104,21 @@ def test_the_three_segmentation_forms_give_the_same_mask(make):
 
 
 @needs_coco
+@pytest.mark.parametrize("workers", [0, 1])
+def test_polygons_reach_the_pool_of_bits_as_pycocotools_rasterises_them(make, workers):
+    # From the file to what the kernels read, packed by the worker that loaded the image; slanted edges, two parts.
+    polygons = [[0.3, 0.7, 10.9, 3.2, 4.4, 8.6], [9.2, 6.1, 11.8, 6.4, 10.1, 9.7]]
+    dataset = make([annotation(1, segmentation=polygons, bbox=[0, 0, 12, 10]), annotation(2, image_id=9)])
+    (batch,) = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=Collate(3))
+    api = mask_api()
+    for image, found in enumerate((polygons, SQUARE)):
+        expected = api.decode(api.merge(api.frPyObjects(found, 10, 12)))
+        dense = batch.targets.masks.dense(image)
+        assert torch.equal(dense[0, :10, :12].to(torch.uint8), torch.from_numpy(expected))
+        assert dense.sum() == expected.sum()
+
+
+@needs_coco
 def test_polygon_parts_are_united_and_degenerate_parts_left_out(make):
     """An object cut in two by an occluder has two polygons; tools also leave stray two-point parts, which the
     mask API would silently read as a box."""
