@@ -42,5 +42,6 @@ def ordinary_way(
 ) -> Tensor:
     """torchvision's: a convolution to all K channels in the features' dtype, then the loss of those that count."""
     features = F.relu(features) if relu else features
-    logits = F.conv2d(features, weight.to(features.dtype)[:, :, None, None], bias.to(features.dtype))
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.conv2d(features, weight.to(features.dtype)[:, :, None, None], bias.to(features.dtype))
     return mask_bce_loss(logits, labels, targets, weights, backend="torchvision")

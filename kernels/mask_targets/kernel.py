@@ -12,21 +12,21 @@ import triton.language as tl
 from ..device import divide
 from . import reference
 
-MOST_SAMPLES = tl.constexpr(reference.MOST_SAMPLES)
+LONGEST = tl.constexpr(reference.LONGEST)
 
 
 @triton.jit
 def _axis(low, high, length, bin, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
-    """One axis of a box: starts of bins, their size, samples of each; cells where they begin, and how many they touch."""
+    """One axis of a box: starts of bins, their size, samples of each; cells where they begin, how many they touch."""
     if ALIGNED:
         low -= 0.5
         high -= 0.5
     extent = high - low
     if not ALIGNED:
-        extent = tl.maximum(extent, 1.0)
+        extent = tl.maximum(extent, 1.0, propagate_nan=tl.PropagateNan.ALL)  # NaN would be a pixel wide
     bin_size = divide(extent, extent * 0.0 + SIZE)
-    samples = tl.where(bin_size <= MOST_SAMPLES, tl.ceil(bin_size), 0.0)  # 0 for NaN, too
-    samples = tl.where(tl.abs(low) <= MOST_SAMPLES * SIZE + length, tl.maximum(samples, 0.0), 0.0).to(tl.int32)
+    usable = (extent <= LONGEST * length) & (tl.abs(low) <= LONGEST * length + 1)  # NaN is not
+    samples = tl.where(usable, tl.maximum(tl.ceil(bin_size), 0.0), 0.0).to(tl.int32)
     start = low + bin * bin_size
     first = start + _offset(0, bin_size, samples)
     last = start + _offset(samples - 1, bin_size, samples)

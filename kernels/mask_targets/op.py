@@ -37,8 +37,8 @@ def mask_targets(
 
     Args:
         mask_pool: bitmaps of B images with G slots each.
-        boxes: [B, S, 4] fp32 or fp64 xyxy in pixels. One that is not finite, or has a side above 4096 * `size`, or
-            starts that far outside, gives zeros. (The reference has too few samples of one larger than the padded images.)
+        boxes: [B, S, 4] fp32 or fp64 xyxy in pixels. One that is not finite, or longer than four times the image, gives
+            zeros.
         matched_idx: [B, S] int32 or int64, each box's object in its image.
         size: M, height and width of a target.
         style: of `STYLES`.

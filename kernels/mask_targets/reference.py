@@ -6,8 +6,8 @@ from torch import Tensor
 from ..mask_pool import MaskPool
 
 CHUNK_PIXELS = 1 << 24  # masks of this many pixels stand at full size at a time
-MOST_SAMPLES = 4096
-"""Of a bin along an axis: a bound on a kernel's loops. A box of more has targets of 0, as one that is not finite has."""
+LONGEST = 4
+"""Images that a box may be long. A longer one has targets of 0, as one that is not finite has: loops have to end."""
 
 
 def mask_targets(pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, aligned: bool) -> Tensor:
@@ -33,16 +33,15 @@ def mask_targets(pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, 
 def axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_length: int, aligned: bool) -> Tensor:
     """RoIAlign's interpolation weights along one axis: [N] starts, ends and lengths -> [N, bins, padded_length].
 
-    The number of samples a bin is ceil(extent / bins), so at most ceil(padded_length / bins) for a box in the image.
-    One that is larger than the padded image has only so many: their number has to be known without looking.
+    A bin has ceil(extent / bins) samples.
     """
     low, high = (low - 0.5, high - 0.5) if aligned else (low, high)
     extent = high - low
     bin_size = (extent if aligned else extent.clamp(min=1)) / bins
-    usable = (bin_size <= MOST_SAMPLES) & (low.abs() <= MOST_SAMPLES * bins + length)  # NaN is not
+    usable = (extent <= LONGEST * length) & (low.abs() <= LONGEST * length + 1)  # NaN is not
     low, bin_size = torch.where(usable, low, 0), torch.where(usable, bin_size, 0)
     grid = bin_size.ceil()  # 0 for a box without extent, aligned: it has no samples
-    sample = torch.arange(-(-padded_length // bins) + 1, device=low.device)
+    sample = torch.arange(-(-LONGEST * padded_length // bins) + 1, device=low.device)
     starts = low[:, None] + torch.arange(bins, device=low.device) * bin_size[:, None]
     position = starts[:, :, None] + ((sample + 0.5) * bin_size[:, None] / grid.clamp(min=1)[:, None])[:, None]
     length = length[:, None, None]

@@ -1,8 +1,11 @@
 """The mask loss: each RoI's own class channel, and nothing of the others or of empty slots."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kernels import mask_bce_loss
 from kernels.mask_bce_loss import op
@@ -11,6 +14,27 @@ from kernels.mask_bce_loss import op
 def inputs(n=5, k=4, m=6, dtype=torch.float32, device="cpu"):
     logits = (torch.randn(n, k, m, m) * 3).to(dtype).to(device).requires_grad_()
     return logits, torch.randint(0, k, (n,), device=device), torch.rand(n, m, m, device=device)
+
+
+@pytest.fixture
+def margins(poison, monkeypatch) -> Iterator[None]:
+    """Fresh memory lies between margins, which have to be whole at the end of the test."""
+    whole, margin = [], 256
+
+    def between_margins(allocate):
+        def allocate_between(*args, **kwargs) -> Tensor:
+            like = allocate(*args, **kwargs)
+            if type(like) is not Tensor or like.is_meta:
+                return like
+            whole.append(torch.full((like.numel() + 2 * margin,), 7, dtype=like.dtype, device=like.device))
+            return whole[-1].as_strided(like.shape, like.stride(), margin).copy_(like)
+
+        return allocate_between
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, between_margins(getattr(owner, name)))
+    yield
+    assert whole and all((t[:margin] == 7).all() and (t[-margin:] == 7).all() for t in whole)
 
 
 # torchvision's 28 x 28, a size that fills no tile, one pixel, one class.
@@ -27,6 +51,59 @@ def test_is_torchvisions_mask_loss(k, m, device):
     other_channels = ours_grad.clone()
     other_channels[rows, labels] = 0
     assert (other_channels == 0).all()
+
+
+# A program writes a stretch of the gradient's memory: small ones, that begin and end inside a pixel, a channel or a
+# RoI, hold none of their own class's pixels, or several RoIs; and one that is the whole. One class, COCO's; maps of
+# torchvision's size and of small heads, and not square.
+@pytest.mark.parametrize(
+    ("k", "m", "block", "own"),
+    [
+        (1, (7, 7), 64, 8),
+        (3, (14, 14), 64, 8),
+        (81, (7, 7), 1024, 32),
+        (2, (5, 1), 16, 8),
+        (2, (1, 5), 32, 2),
+        (3, (28, 28), 1024, 64),
+        (3, (7, 7), 1 << 16, 1024),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_every_stretch_of_the_gradient(k, m, block, own, layout, margins, device, monkeypatch):
+    # Nothing of it is left unwritten (it was NaN), and nothing beside it is written.
+    n = 4
+    monkeypatch.setattr(op, "tile", lambda on_gpu, interpreted: {4096: block, 128: own}.get(on_gpu, interpreted))
+    logits = (torch.randn(n, k, *m, device=device) * 3).contiguous(memory_format=layout)
+    labels, targets = torch.tensor([0, k, k - 1, -1], device=device), torch.rand(n, *m, device=device)
+    scale = torch.rand(n, device=device)
+    grad = op._backward._init_fn(torch.tensor(2.0, device=device), logits, labels, targets, scale)
+    expected = torch.zeros(n, k, *m, device=device)
+    for i, label in ((0, 0), (2, k - 1)):
+        expected[i, label] = (logits[i, label].sigmoid() - targets[i]) * scale[i] * 2
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=3e-7)
+    assert grad.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_fp64_stays_fp64(layout, device):
+    # To fp64's own rounding, where one constant or scalar in fp32 would leave 1e-8.
+    logits, labels, targets = inputs(3, 2, 7, torch.float64, device)
+    leaf = logits.detach().contiguous(memory_format=layout).requires_grad_()
+    targets, weights = targets.double(), torch.tensor([0.3, 0.9, 0.7], dtype=torch.float64, device=device)
+    losses = [mask_bce_loss(leaf, labels, targets, weights, backend=b) for b in ("triton", "torch")]
+    grads = [torch.autograd.grad(loss, leaf)[0] for loss in losses]
+    assert losses[0].dtype == grads[0].dtype == torch.float64
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-15, atol=0)
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-17)
+
+
+@pytest.mark.parametrize("z", [0.0, 1e-3, 0.7, 3.0, 12.0, 60.0])
+def test_loss_of_a_confident_model(z, device):
+    # exp(-12) is 6e-6, and 1 + it loses five of its digits: all of this loss.
+    logits = torch.tensor([z, -z], device=device).view(1, 1, 1, 2)
+    targets, label = torch.tensor([[[1.0, 0.0]]], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    truth = F.softplus(torch.tensor(-z, dtype=torch.float64)).item()
+    assert abs(mask_bce_loss(logits, label, targets, backend="triton").item() / truth - 1) < 3e-7
 
 
 def test_weights_and_empty_slots(device):
@@ -140,9 +217,9 @@ def test_label_out_of_range(device):
     # The kernel, called directly as on a GPU: NaN loss, no gradient, nothing read or written outside.
     logits, labels, targets = inputs(2, 3, 4, device=device)
     labels = torch.tensor([3, 1], device=device)
-    rows = op._rows(logits, labels, targets)
-    assert rows[0].isnan() and rows[1].isfinite()
-    grad = op._rows_backward(torch.ones(2, device=device), logits, labels, targets)
+    loss, scale = op._forward(logits, labels, targets, None)
+    assert loss.isnan() and scale.isfinite().all()
+    grad = op._backward(torch.ones((), device=device), logits, labels, targets, scale)
     assert (grad[0] == 0).all() and (grad[1, 1] != 0).any()
     with pytest.raises(IndexError, match=r"labels .* must lie in \[0, 3\), got 1 to 3"):
         mask_bce_loss(logits.cpu(), labels.cpu(), targets.cpu())

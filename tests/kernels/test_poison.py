@@ -5,7 +5,18 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import box_iou, label_anchors, mask_bce_loss, nms_mask, roi_align
+from kernels import (
+    MaskPool,
+    box_iou,
+    label_anchors,
+    mask_bce_loss,
+    mask_predictor_loss,
+    mask_targets,
+    nms_mask,
+    paste_mask_crops,
+    paste_masks,
+    roi_align,
+)
 from kernels.runtime import launch, record_launches
 
 
@@ -33,6 +44,19 @@ def test_forgotten_output_is_red(dtype, allocate, device):
 
 
 BOXES = torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]])
+
+
+def targets(style: str) -> torch.Tensor:
+    return mask_targets(
+        MaskPool.of([torch.ones(1, 4, 4)]),
+        BOXES[None],
+        torch.zeros(1, 2, dtype=torch.int32),
+        2,
+        style,
+        backend="triton",
+    )
+
+
 RESULTS = {
     "roi_align": lambda: roi_align(torch.ones(1, 2, 4, 4), torch.zeros(1, 5), 2, backend="triton"),
     "box_iou": lambda: box_iou(BOXES, BOXES, backend="triton"),
@@ -42,6 +66,14 @@ RESULTS = {
     "mask_bce_loss": lambda: mask_bce_loss(
         torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.zeros(1, 2, 2), backend="triton"
     ),
+    "mask_predictor_loss": lambda: mask_predictor_loss(
+        torch.zeros(1, 3, 2, 2), torch.zeros(1, 3), None, torch.tensor([0]), torch.zeros(1, 2, 2), backend="triton"
+    ),
+    "mask_targets": lambda: targets("torchvision"),
+    "mask_targets of detectron2": lambda: targets("detectron2"),
+    "paste_masks": lambda: paste_masks(torch.zeros(2, 2, 2), BOXES, 4, backend="triton"),
+    "paste_masks values": lambda: paste_masks(torch.zeros(2, 2, 2), BOXES, 4, None, backend="triton"),
+    "paste_mask_crops": lambda: paste_mask_crops(torch.zeros(2, 2, 2), BOXES, 4, backend="triton").pixels,
 }
 
 

@@ -13,6 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from kernels import (
     AnchorGrid,
+    MaskPool,
     batched_nms,
     box_iou,
     decode_proposals,
@@ -21,9 +22,12 @@ from kernels import (
     label_anchors,
     label_grid_anchors,
     mask_bce_loss,
+    mask_predictor_loss,
+    mask_targets,
     multiscale_roi_align,
     nms,
     nms_mask,
+    paste_masks,
     roi_align,
     rpn_loss,
     stable_topk,
@@ -32,7 +36,10 @@ from kernels import (
 from kernels.box_iou import op as iou
 from kernels.label_anchors import op as labels
 from kernels.mask_bce_loss import op as mask
+from kernels.mask_predictor_loss import op as predictor
+from kernels.mask_targets import op as crop
 from kernels.nms import op as suppression
+from kernels.paste_masks import op as paste
 from kernels.proposals import op as proposals
 from kernels.roi_align import library as roi
 from kernels.rpn_loss import op as loss
@@ -63,6 +70,40 @@ def table(number: int) -> Tensor:
 
 def masks(dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(3, 2, 4, 4).to(dtype), torch.tensor([1, -1, 0]), torch.rand(3, 4, 4)
+
+
+def predictor_inputs(dtype: torch.dtype = FP32, channels_last: bool = False) -> tuple[Tensor, ...]:
+    """Features of 9 channels, weight and bias of 2 classes, labels and targets.
+
+    Every slot is filled: what the forward op would keep of an empty one is never written.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight_dtype = FP64 if dtype == FP64 else FP32
+    features = torch.randn(3, 9, 4, 4).to(dtype).contiguous(memory_format=layout)
+    return (
+        features,
+        torch.randn(2, 9).to(weight_dtype),
+        torch.randn(2).to(weight_dtype),
+        torch.tensor([1, 0, 0]),
+        masks()[2],
+    )
+
+
+def predictor_saved(dtype: torch.dtype, relu: bool) -> tuple:
+    """What the backward of these has of the forward, and the options."""
+    wide = FP64 if dtype == FP64 else FP32
+    numbers = (torch.rand(shape).to(wide) for shape in ((3,), (3, 4, 4), (3, 1, 9), (3, 1)))
+    signs = torch.randint(0, 256, (3, 4, 4, 2) if relu else (0,), dtype=torch.uint8)
+    return *numbers, signs, dtype
+
+
+def bitmaps(packed: bool = True) -> MaskPool:
+    """Two images with two slots, of which one is empty."""
+    extents = [torch.tensor([[1, 2, 10, 9], [0, 0, 3, 12]]), torch.tensor([[4, 4, 12, 6]])]
+    return MaskPool.of([torch.ones(2, 12, 12), torch.ones(1, 12, 12)], extents, 2, (12, 12), packed=packed)
+
+
+MATCHES = torch.tensor([[0, 1, 0], [0, 0, 1]])
 
 
 def grid(dtype: torch.dtype = FP32) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
@@ -164,18 +205,49 @@ def _operators() -> list:
             (boxes(5, 2).transpose(0, 1), (torch.rand(5, 2) < 0.8).T, 0.5, torch.randint(0, 2, (5, 2)).T),
         ),
         ("nms_mask reference", suppression._opaque_reference, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
-        ("mask_bce_rows", mask._rows, (z, classes, targets)),
+        ("mask_bce_forward", mask._forward, (z, classes, targets, None)),
         (
-            "mask_bce_rows fp16 channels_last",
-            mask._rows,
-            (z.half().contiguous(memory_format=torch.channels_last), classes, targets > 0.5),
+            "mask_bce_forward fp16 channels_last weights",
+            mask._forward,
+            (z.half().contiguous(memory_format=torch.channels_last), classes, targets > 0.5, torch.rand(3)),
         ),
-        ("mask_bce_rows_backward", mask._rows_backward, (torch.ones(3), z, classes, targets)),
+        ("mask_bce_forward fp64", mask._forward, (z.double(), classes, targets, torch.rand(3))),
+        ("mask_bce_backward", mask._backward, (torch.ones(()), z, classes, targets, torch.rand(3))),
         (
-            "mask_bce_rows_backward channels_last",
-            mask._rows_backward,
-            (torch.ones(3), z.contiguous(memory_format=torch.channels_last), classes, targets),
+            "mask_bce_backward fp16 channels_last",
+            mask._backward,
+            (
+                torch.ones(()),
+                z.half().contiguous(memory_format=torch.channels_last),
+                classes,
+                targets > 0.5,
+                torch.rand(3),
+            ),
         ),
+        ("mask_predictor_forward", predictor._forward, (*predictor_inputs(), None, True)),
+        (
+            "mask_predictor_forward fp16 channels_last weights",
+            predictor._forward,
+            (*predictor_inputs(FP16, True), torch.rand(3), False),
+        ),
+        ("mask_predictor_forward fp64", predictor._forward, (*predictor_inputs(FP64), None, False)),
+        (
+            "mask_predictor_backward",
+            predictor._backward,
+            (torch.ones(()), torch.rand(2, 9), classes, *predictor_saved(FP32, False), False, False),
+        ),
+        (
+            "mask_predictor_backward fp16 channels_last relu",
+            predictor._backward,
+            (torch.ones(()), torch.rand(2, 9), classes, *predictor_saved(FP16, True), True, True),
+        ),
+        ("mask_targets", crop._targets, (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, False, True)),
+        (
+            "mask_targets of bytes, aligned, strided",
+            crop._targets,
+            (*bitmaps(False).flat(), boxes(3, 2, dtype=FP64).transpose(0, 1), MATCHES.int(), 5, True, True),
+        ),
+        ("mask_targets reference", crop._targets, (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, True, False)),
         ("rpn_loss_rows", loss._rows, (*grid(), *slots(), 1 / 9)),
         ("rpn_loss_rows bf16", loss._rows, (*grid(BF16), *slots(), 0.0)),
         ("rpn_loss_rows_backward", loss._rows_backward, (*torch.ones(2, 2), *grid(), *slots(), 1 / 9)),
@@ -184,6 +256,18 @@ def _operators() -> list:
             loss._rows_backward,
             (*torch.ones(2, 1, dtype=FP64).expand(2, 2), *strided(grid(FP64)), *slots(), 1 / 9),
         ),
+        ("paste_masks", paste._paste, (torch.rand(3, 4, 4), boxes(3), 9, 11, 0.5)),
+        (
+            "paste_masks values of fp16 transposed",
+            paste._paste,
+            (torch.rand(3, 4, 4).half().transpose(1, 2), boxes(3).T.contiguous().T, 9, 11, None),
+        ),
+        (
+            "paste_mask_crops",
+            paste._paste_crops,
+            (torch.rand(1, 4, 4), boxes(1), torch.tensor([[1, 2, 3, 4]]), torch.tensor([0]), 12, 12, 0.5),
+        ),
+        ("paste_masks reference", paste._opaque_reference, (torch.rand(3, 4, 4), boxes(3), 9, 11, 0.5)),
         ("topk_keys", proposals._keys, (torch.randn(2, 9),)),
         ("topk_keys bf16 of a slice", proposals._keys, (torch.randn(2, 9).to(BF16)[:, 2:7],)),
         ("decode_proposals", proposals._decode, (*chosen(grid()), torch.tensor([[20, 30], [9, 12]]), 1e-3)),
@@ -203,8 +287,9 @@ def test_opcheck(op, arguments, device):
     # The schema tells the truth, and the fake results have the real ones' shapes, dtypes and strides: what Dynamo, AOT
     # autograd and Inductor build on. With gradients where the op has them.
     arguments = to(device, copy.deepcopy(arguments))
-    if op in (roi.roi_align_forward, iou._forward, mask._rows, loss._rows):
+    if op in (roi.roi_align_forward, iou._forward, mask._forward, predictor._forward, loss._rows):
         leaves = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
+        leaves = arguments[:3] if op is predictor._forward else leaves
         for leaf in leaves:
             leaf.requires_grad_()
     torch.library.opcheck(op, arguments)
@@ -216,8 +301,8 @@ def test_every_registered_op_is_checked():
     assert registered == {op._qualname for _, op, _ in OPERATORS}
 
 
-# Without the reference of NMS, which is an op for the sake of torch.compile on a CPU: it looks whether it is done.
-BODIES = [o for o in OPERATORS if o[1] is not suppression._opaque_reference]
+# Without the references that are ops for the sake of torch.compile on a CPU: they look at values.
+BODIES = [o for o in OPERATORS if not o[0].endswith(" reference")]
 
 
 @pytest.mark.parametrize(("op", "arguments"), [o[1:] for o in BODIES], ids=[o[0] for o in BODIES])
@@ -313,7 +398,40 @@ CALLS = {
         lambda z, c, t, w, **k: mask_bce_loss(z, c, t, w, **k),
         (*masks(BF16), torch.rand(3)),
         1,
-        ("mask_bce_rows", "mask_bce_rows_backward"),
+        ("mask_bce_forward", "mask_bce_backward"),
+    ),
+    "mask_predictor_loss": Call(
+        lambda x, w, b, c, t, v, **k: mask_predictor_loss(x, w, b, c, t, v, **k),
+        (*predictor_inputs()[:3], *masks()[1:], torch.rand(3)),
+        3,
+        ("mask_predictor_forward", "mask_predictor_backward"),
+    ),
+    "mask_predictor_loss of a convolution's weight after a ReLU": Call(
+        lambda x, w, c, t, **k: mask_predictor_loss(x, w[:, :, None, None], None, c, t, relu=True, **k),
+        (*predictor_inputs(BF16, True)[:2], *masks()[1:]),
+        2,
+        ("mask_predictor_forward", "mask_predictor_backward"),
+    ),
+    "mask_targets": Call(
+        lambda m, o, e, s, b, i, **k: mask_targets(MaskPool(m, o, e, s, (12, 12)), b, i, 5, **k),
+        (*bitmaps().flat()[:4], boxes(2, 3), MATCHES),
+        0,
+        ("mask_targets",),
+    ),
+    "mask_targets of detectron2": Call(
+        lambda m, o, e, s, b, i, **k: mask_targets(MaskPool(m, o, e, s, (12, 12), False), b, i, 5, "detectron2", **k),
+        (*bitmaps(False).flat()[:4], boxes(2, 3), MATCHES.int()),
+        0,
+        ("mask_targets",),
+    ),
+    "paste_masks": Call(
+        lambda m, b, **k: paste_masks(m, b, (21, 23), **k), (torch.rand(3, 4, 4), boxes(3)), 0, ("paste_masks",)
+    ),
+    "paste_masks values of bf16": Call(
+        lambda m, b, **k: paste_masks(m, b, (21, 23), None, **k),
+        (torch.rand(3, 4, 4).to(BF16), boxes(3)),
+        0,
+        ("paste_masks",),
     ),
     "rpn_loss": Call(
         lambda z, d, a, *s, **k: torch.stack(rpn_loss(z, d, a, *s, **k)),
