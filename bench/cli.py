@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from .mask_study.command import mask_study
+from .mask_study.command import Device, mask_study
 from .resources.command import resources
 from .step_profile.command import profile
 
@@ -46,7 +46,8 @@ Only = Annotated[
     list[str] | None,
     typer.Option(
         help="Only calls whose name or suite holds all these words, e.g. 'train bf16'; may be repeated. "
-        "roi_align stands for all RoI ops, rpn for those of the region proposal network."
+        "roi_align stands for all RoI ops, rpn for those of the region proposal network, "
+        "mask for those of the mask branch."
     ),
 ]
 
@@ -258,6 +259,57 @@ def demo(
     from .demo import run_demo
 
     if not run_demo(output, Console()):
+        raise typer.Exit(1)
+
+
+@app.command("mask-paths")
+def mask_paths(
+    out: Annotated[
+        Path, typer.Option(help="Folder for results.json, README.md and curves.png; runs that are in it are kept.")
+    ] = Path("runs/mask-paths"),
+    seeds: Annotated[int, typer.Option(help="Runs a path; the paths are compared seed by seed.")] = 5,
+    steps: Annotated[int, typer.Option(help="Training steps a run.")] = 120,
+    images: Annotated[int, typer.Option(help="Held-out pictures a run is measured on.")] = 40,
+    device: Annotated[Device, typer.Option(help="auto is cuda where there is a GPU.")] = Device.auto,
+    commit: Annotated[str | None, typer.Option(help="Commit to record where there is no git.")] = None,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Write the report of what is there.")] = False,
+) -> None:
+    """Train with the ordinary and with the fused mask path from the same seeds; compare with the spread over seeds.
+
+    On a GPU with the compiled kernels in bf16, on a CPU with the same kernels in Triton's interpreter: most of an hour.
+    Exit status 1 where the fused path was not shown to be within the spread, 130 where it was stopped.
+    """
+    import torch
+
+    if device is Device.cpu or not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which `bench.mask_paths` does
+    from rich.console import Console
+
+    from mrcnn.cli import common
+    from mrcnn.errors import ConfigError
+
+    from .mask_paths import FUSED, MaskPathsError, load_paths, run_paths
+    from .mask_paths_report import WITHIN, verdict, write_paths_report
+
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        if report_only:
+            record = load_paths(out)
+        else:
+            chosen = common.choose_device(common.Device(device), common.Ops.auto)
+            with _sigterm_interrupts():
+                record = run_paths(out, seeds, steps, images, chosen, commit, console)
+        for path in write_paths_report(record, out):
+            console.print(f"wrote {path}")
+    except (MaskPathsError, ConfigError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or out}: {error.strerror or error}.")
+    except KeyboardInterrupt:
+        console.print(f"stopped; finished runs are in {out}: run the same command to go on, or with --report-only")
+        raise typer.Exit(130) from None
+    console.print(f"the fused path is: {verdict(record.runs, FUSED)}")
+    if verdict(record.runs, FUSED) != WITHIN:
         raise typer.Exit(1)
 
 

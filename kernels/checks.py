@@ -36,8 +36,9 @@ def check_same_device(**tensors: Tensor) -> None:
         )
 
 
-def check_indices(indices: Tensor, end: int, name: str) -> None:
-    """Raise IndexError for an index outside [0, end), on the CPU, or with TRITON_DEBUG=1 anywhere.
+def check_indices(indices: Tensor, end: int, name: str, negative: bool = False) -> None:
+    """Raise IndexError for an index outside [0, end), or, if `negative`, from `end` on; on the CPU, or with
+    TRITON_DEBUG=1 anywhere.
 
     On a GPU the check stops the device; without it the kernels still never address outside their tensors, and each op's
     docstring says what an index out of range gives. Nor are the indices looked at while launches are recorded: nothing
@@ -50,7 +51,7 @@ def check_indices(indices: Tensor, end: int, name: str) -> None:
         or is_recording()
     ):
         return
-    low, high = indices.min().item(), indices.max().item()
+    low, high = (indices.clamp(min=0) if negative else indices).min().item(), indices.max().item()
     if not (low >= 0 and high < end):  # written so that NaN fails
         raise IndexError(f"{name} must lie in [0, {end}), got {low:g} to {high:g}")
 

@@ -27,8 +27,7 @@ def bce_with_logits(z, target):
         series = series * square + (1 / 5)
         series = series * square + (1 / 3)
         log = 2.0 * ratio + 2.0 * ratio * square * series
-    loss = tl.maximum(z, 0.0) - z * target + log
-    return tl.where(z != z, z, loss), sigmoid - target  # maximum() may drop a NaN
+    return tl.maximum(z, 0.0) - z * target + log, sigmoid - target  # the product is NaN where z is
 
 
 @triton.jit

@@ -94,12 +94,25 @@ class MaskPool:
             slots: G, by default the most objects of an image, at least 1.
             padded_size: (H, W) of the images' batch, by default the largest h and w.
             packed: whether to hold eight pixels a byte.
+
+        Raises:
+            TypeError, ValueError: no image, masks that are not [n, h, w], an image without pixels or larger than
+                `padded_size`, more objects than `slots`, an extent that is not inside its image.
         """
+        if not isinstance(masks, Sequence) or not masks or not all(isinstance(m, Tensor) for m in masks):
+            raise TypeError("masks must be a list with a tensor [n, h, w] for each image, of at least one")
+        if any(m.ndim != 3 or 0 in m.shape[1:] for m in masks):
+            raise ValueError(f"masks must be [n, h, w], h and w at least 1, got {[tuple(m.shape) for m in masks]}")
         extents = [mask_extents(of_image) for of_image in masks] if extents is None else extents
-        slots = max(1, *map(len, masks)) if slots is None else slots
+        most = max(map(len, masks))
+        slots = max(1, most) if slots is None else slots
+        if most > slots:
+            raise ValueError(f"an image has {most} objects, and there are {slots} slots: raise slots or leave some out")
         device = masks[0].device
         sizes = torch.tensor([of_image.shape[-2:] for of_image in masks], dtype=torch.int64)
         padded_size = tuple(padded_size or sizes.amax(0).tolist())
+        if (sizes > torch.tensor(padded_size)).any():
+            raise ValueError(f"padded_size {padded_size} is smaller than an image: sizes are {sizes.tolist()}")
         extent = torch.zeros((len(masks), slots, 4), dtype=torch.int32, device=device)
         crops: list[Tensor] = []
         for slot_extents, of_image, found in zip(extent, masks, extents, strict=True):

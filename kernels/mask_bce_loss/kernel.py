@@ -11,9 +11,9 @@ def _pixels(logits_ptr, targets_ptr, roi, label, strides, pixel, mask, dtype: tl
     """Logits of the RoI's class and targets at `pixel`; WIDTH 0: the pixels of a plane lie `strides[3]` apart."""
     plane_ptr = logits_ptr + roi * strides[0] + label * strides[1]
     if WIDTH == 0:
-        place = pixel * strides[3]
+        place = pixel.to(tl.int64) * strides[3]
     else:
-        place = (pixel // WIDTH) * strides[2] + (pixel % WIDTH) * strides[3]
+        place = (pixel // WIDTH).to(tl.int64) * strides[2] + (pixel % WIDTH).to(tl.int64) * strides[3]
     z = tl.load(plane_ptr + place, mask, 0.0).to(dtype)
     return z, tl.load(targets_ptr + pixel, mask, 0).to(dtype)
 

@@ -85,7 +85,7 @@ def check_rows(
     for what, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"all tensors must be on one device, got {name} on {device}, {what} on {tensor.device}")
-    check_indices(labels.clamp(min=0), k, "labels (negative ones aside)")
+    check_indices(labels, k, "labels (negative ones aside)", negative=True)
 
 
 def weighted_mean(rows: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int, pixels: int) -> list[Tensor]:

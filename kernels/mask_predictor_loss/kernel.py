@@ -19,14 +19,14 @@ def _channels(CHUNKS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _load(features_ptr, pixel, channel, stride_p, stride_c, channels, PIXELS: tl.constexpr, PLAIN: tl.constexpr):
-    """A tile of features. PLAIN: of NHWC features that fill all channels of it, and no mask costs predicates."""
+def _load(features_ptr, pixel, last, channel, stride_p, stride_c, channels, PLAIN: tl.constexpr):
+    """A tile of features up to pixel `last`. PLAIN: of NHWC features that fill all its channels, without a mask."""
     if PLAIN:
-        place = tl.minimum(pixel, PIXELS - 1)[None, :, None, None] * stride_p + channel * stride_c
+        place = tl.minimum(pixel, last)[None, :, None, None] * stride_p + channel * stride_c
         return tl.load(features_ptr + place)
     else:
         place = pixel[None, :, None, None] * stride_p + channel * stride_c
-        return tl.load(features_ptr + place, (pixel < PIXELS)[None, :, None, None] & (channel < channels), 0.0)
+        return tl.load(features_ptr + place, (pixel <= last)[None, :, None, None] & (channel < channels), 0.0)
 
 
 @triton.jit
@@ -77,13 +77,14 @@ def mask_predictor_forward_kernel(
     grad_weight = tl.zeros((CHUNKS, BLOCK, LANES, 8), dtype)
     end = tl.where(known, tl.minimum(part * PART + PART, PIXELS), 0)
     begin = part * PART
+    last = tl.minimum(begin + PART, PIXELS) - 1  # what follows belongs to another program
     lane = tl.arange(0, BLOCK)
-    following = _load(features_ptr, begin + lane, channel, stride_p, stride_c, channels, PIXELS, PLAIN)
+    following = _load(features_ptr, begin + lane, last, channel, stride_p, stride_c, channels, PLAIN)
     for first in range(begin, end, BLOCK):
         pixel = first + lane
         here = pixel < PIXELS
         x = following.to(dtype)  # the next tile comes while this one is used
-        following = _load(features_ptr, pixel + BLOCK, channel, stride_p, stride_c, channels, PIXELS, PLAIN)
+        following = _load(features_ptr, pixel + BLOCK, last, channel, stride_p, stride_c, channels, PLAIN)
         if RELU:
             positive = (x <= 0.0) == 0  # NaN stays NaN
             x = tl.where(positive, x, 0.0)

@@ -43,7 +43,8 @@ def mask_predictor_loss(
             are, anything else is copied.
         weight: [K, C] or [K, C, 1, 1], floating (fp64 if and only if the features are).
         bias: [K], of the weight's dtype, or None.
-        labels: [N] int64 class of each RoI, 0..K-1, or negative for an empty slot, in which NaN goes nowhere.
+        labels: [N] int64 class of each RoI, 0..K-1, or negative for an empty slot, in which NaN goes nowhere
+            (but on the ordinary path, where it meets the weight's gradient).
         targets: [N, M, M'] in [0, 1], floating, bool or uint8 {0, 1}; no gradient flows to them.
         weights: [N] floating, by default 1; no gradient flows to them.
         relu: whether features below 0 count as 0.
@@ -81,6 +82,8 @@ def _check(
         raise ValueError(f"weight must have the features' {channels} channels, got shape {tuple(weight.shape)}")
     if not 0 < channels <= MOST_CHANNELS:
         raise ValueError(f"features must have 1 to {MOST_CHANNELS} channels, got {channels}")
+    if channels * features.shape[2] * features.shape[3] >= 1 << 31:
+        raise ValueError(f"a RoI must have fewer than 2**31 features, got shape {tuple(features.shape)}")
     if 0 in (*features.shape[2:], len(matrix)):
         shapes = f"{tuple(features.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"features and weight must not be empty beyond the RoIs, got shapes {shapes}")
@@ -158,51 +161,63 @@ def _forward_fake(
     return [new(), new(n), new(n, height, width), new(n, parts, channels), new(n, parts), signs]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_predictor_backward", mutates_args=())
-def _backward(
+@torch.library.custom_op(f"{NAMESPACE}::mask_predictor_features", mutates_args=())
+def _features(
     grad_loss: Tensor,
     weight: Tensor,
     labels: Tensor,
     scale: Tensor,
     slope: Tensor,
-    sums: Tensor,
-    sums_bias: Tensor,
     signs: Tensor,
     dtype: torch.dtype,
     channels_last: bool,
     relu: bool,
-) -> list[Tensor]:
-    """Gradients of features, weight and bias."""
-    from .kernel import mask_predictor_features_kernel, mask_predictor_weight_kernel
+) -> Tensor:
+    """The gradient of the features."""
+    from .kernel import mask_predictor_features_kernel
 
-    labels, weight = labels.contiguous(), weight.contiguous()
     (num_classes, channels), (n, height, width) = weight.shape, slope.shape
-    grads = _backward_fake(grad_loss, weight, labels, scale, slope, sums, sums_bias, signs, dtype, channels_last, relu)
+    grad = _features_fake(grad_loss, weight, labels, scale, slope, signs, dtype, channels_last, relu)
     blocks = _blocks(channels, height * width, dtype == torch.float64, channels_last)
     part = tile(7, 1 << 10) * blocks["BLOCK"]
     launch(
-        mask_predictor_features_kernel, (n, -(-height * width // part)), grad_loss, scale, labels, weight, slope,
-        signs, grads[0], num_classes, channels, *_strides(channels, height * width, channels_last),
+        mask_predictor_features_kernel, (n, -(-height * width // part)), grad_loss, scale, labels.contiguous(),
+        weight.contiguous(), slope, signs, grad, num_classes, channels,
+        *_strides(channels, height * width, channels_last),
         PIXELS=height * width, PART=part, **blocks, RELU=relu, device=weight.device,
     )  # fmt: skip
-    block_c = min(next_power_of_2(channels), tile(64, 4096))
-    spans = -(-channels // block_c)
+    return grad
+
+
+@_features.register_fake
+def _features_fake(grad_loss, weight, labels, scale, slope, signs, dtype, channels_last, relu):  # noqa: ANN001
+    shape = (slope.shape[0], weight.shape[1], *slope.shape[1:])
+    return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=layout(channels_last))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mask_predictor_weight", mutates_args=())
+def _weight(
+    grad_loss: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, sums: Tensor, sums_bias: Tensor
+) -> list[Tensor]:
+    """The gradients of weight and bias."""
+    from .kernel import mask_predictor_weight_kernel
+
+    (num_classes, channels), (n, parts) = weight.shape, sums_bias.shape
+    grads = _weight_fake(grad_loss, weight)
+    block = min(next_power_of_2(channels), tile(64, 4096))
+    spans = -(-channels // block)
     launch(
-        mask_predictor_weight_kernel, (num_classes, spans), grad_loss, scale, labels, sums, sums_bias,
-        labels.new_empty(spans * num_classes * n, dtype=torch.int32), *grads[1:], n, num_classes, channels,
-        PARTS=sums.shape[1], BLOCK_N=min(next_power_of_2(n), tile(1024, 1 << 16)), ROWS=tile(16, 64), BLOCK_C=block_c,
+        mask_predictor_weight_kernel, (num_classes, spans), grad_loss, scale, labels.contiguous(), sums, sums_bias,
+        labels.new_empty(spans * num_classes * n, dtype=torch.int32), *grads, n, num_classes, channels,
+        PARTS=parts, BLOCK_N=min(next_power_of_2(n), tile(1024, 1 << 16)), ROWS=tile(16, 64), BLOCK_C=block,
         device=weight.device,
     )  # fmt: skip
     return grads
 
 
-@_backward.register_fake
-def _backward_fake(grad_loss, weight, labels, scale, slope, sums, sums_bias, signs, dtype, channels_last, relu):  # noqa: ANN001
-    (n, height, width), (num_classes, channels) = slope.shape, weight.shape
-    features = torch.empty(
-        (n, channels, height, width), dtype=dtype, device=weight.device, memory_format=layout(channels_last)
-    )
-    return [features, weight.new_empty(weight.shape), weight.new_empty(num_classes)]
+@_weight.register_fake
+def _weight_fake(grad_loss: Tensor, weight: Tensor, *others: object) -> list[Tensor]:
+    return [weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])]
 
 
 def _setup_context(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001
@@ -213,9 +228,14 @@ def _setup_context(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: A
 
 
 def _autograd(ctx, grads: list[Tensor | None]) -> tuple:  # noqa: ANN001
-    if grads[0] is None:
-        return (None,) * 7
-    return *_backward(grads[0], *ctx.saved_tensors, ctx.dtype, ctx.channels_last, ctx.relu), None, None, None, None
+    weight, labels, scale, slope, sums, sums_bias, signs = ctx.saved_tensors
+    of_features, of_weight = None, (None, None)
+    if grads[0] is not None and ctx.needs_input_grad[0]:
+        layout_of = (ctx.dtype, ctx.channels_last, ctx.relu)
+        of_features = _features(grads[0], weight, labels, scale, slope, signs, *layout_of)
+    if grads[0] is not None and any(ctx.needs_input_grad[1:3]):
+        of_weight = _weight(grads[0], weight, labels, scale, sums, sums_bias)
+    return of_features, *of_weight, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -42,22 +42,18 @@ def mask_targets(
         matched_idx: [B, S] int32 or int64, each box's object in its image.
         size: M, height and width of a target.
         style: of `STYLES`.
-        backend: see `BACKENDS`.
+        backend: see `BACKENDS`. On a CPU "auto" is torchvision's op, on masks of the image's size, a few at a time.
 
     Returns:
-        [B, S, M, M] in [0, 1] of the boxes' dtype; bool for detectron2's. No gradient flows.
+        [B, S, M, M] in [0, 1] (up to rounding) of the boxes' dtype; bool for detectron2's. No gradient flows.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device, size or style.
         IndexError: an object of G or more, or below 0 (CPU tensors; the Triton kernel gives zeros).
     """
     _check(mask_pool, boxes, matched_idx, size, style)
-    backend = choose_backend(backend, boxes)
-    aligned, boxes = style == "detectron2", boxes.detach()
-    if backend == "torchvision":
-        soft = reference.torchvision_way(mask_pool, boxes, matched_idx, size, aligned)
-        return soft >= 0.5 if aligned else soft
-    return _targets(*mask_pool.flat(), boxes, matched_idx, size, aligned, backend == "triton")
+    backend = choose_backend(backend, boxes, on_cpu="torchvision")
+    return _targets(*mask_pool.flat(), boxes.detach(), matched_idx, size, style == "detectron2", backend)
 
 
 def _check(mask_pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, style: str) -> None:
@@ -81,8 +77,7 @@ def _check(mask_pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, s
     check_indices(matched_idx, slots, "matched_idx")
 
 
-# The reference, too, is an operator: it works in chunks whose number depends on the image's size, which torch.compile
-# would unroll, and compile again for every size.
+# The other backends, too, are an operator: they look at values, and work in chunks, which torch.compile would unroll.
 @torch.library.custom_op(f"{NAMESPACE}::mask_targets", mutates_args=())
 def _targets(
     bitmaps: Tensor,
@@ -95,31 +90,35 @@ def _targets(
     matched_idx: Tensor,
     size: int,
     aligned: bool,
-    triton: bool,
+    backend: str,
 ) -> Tensor:
-    images, rois = boxes.shape[:2]
-    slots = offset.shape[1]
-    if not triton:
-        pool = MaskPool(bitmaps, offset, extent, sizes, tuple(padded_size), packed)
-        image = torch.arange(images, device=boxes.device)[:, None] * slots
-        rows = (matched_idx.clamp(0, max(slots - 1, 0)) + image).flatten()
-        with torch.autocast(boxes.device.type, enabled=False):  # or the products would be rounded to bf16
-            soft = reference.mask_targets(pool, boxes.flatten(0, 1), rows, size, aligned).view(images, rois, size, size)
-        return soft >= 0.5 if aligned else soft
-    from .kernel import mask_targets_kernel
-
-    out = _targets_fake(bitmaps, offset, extent, sizes, padded_size, packed, boxes, matched_idx, size, aligned, triton)
-    tiles = (-(-size // BINS)) ** 2
-    table = boxes.new_empty(images * rois * tiles * 2 * CELLS * BINS)
-    launch(
-        mask_targets_kernel, (images * rois, tiles), bitmaps, offset.contiguous(), extent.contiguous(),
-        sizes.contiguous(), boxes.contiguous(), matched_idx.contiguous(), table,
-        out.view(torch.uint8) if aligned else out, rois, slots,
-        SIZE=size, ALIGNED=aligned, PACKED=packed, CELLS=CELLS, BINS=BINS, device=boxes.device,
-    )  # fmt: skip
-    return out
+    pool = MaskPool(bitmaps, offset, extent, sizes, tuple(padded_size), packed)
+    if backend == "triton":
+        return _triton(pool, boxes, matched_idx, size, aligned)
+    function = reference.torchvision_way if backend == "torchvision" else reference.mask_targets
+    with torch.autocast(boxes.device.type, enabled=False):  # or products would be rounded to bf16
+        soft = function(pool, boxes, matched_idx, size, aligned)
+    return soft >= 0.5 if aligned else soft
 
 
 @_targets.register_fake
-def _targets_fake(bitmaps, offset, extent, sizes, padded_size, packed, boxes, matched_idx, size, aligned, triton):  # noqa: ANN001
+def _targets_fake(bitmaps, offset, extent, sizes, padded_size, packed, boxes, matched_idx, size, aligned, backend):  # noqa: ANN001
+    return _empty(boxes, size, aligned)
+
+
+def _empty(boxes: Tensor, size: int, aligned: bool) -> Tensor:
     return boxes.new_empty(*boxes.shape[:2], size, size, dtype=torch.bool if aligned else boxes.dtype)
+
+
+def _triton(pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, aligned: bool) -> Tensor:
+    from .kernel import mask_targets_kernel
+
+    out, rois, tiles = _empty(boxes, size, aligned), boxes.shape[1], (-(-size // BINS)) ** 2
+    table = boxes.new_empty(len(boxes) * rois * tiles * 2 * CELLS * BINS)
+    launch(
+        mask_targets_kernel, (len(boxes) * rois, tiles), pool.bitmaps, pool.offset.contiguous(),
+        pool.extent.contiguous(), pool.sizes.contiguous(), boxes.contiguous(), matched_idx.contiguous(), table,
+        out.view(torch.uint8) if aligned else out, rois, pool.offset.shape[1],
+        SIZE=size, ALIGNED=aligned, PACKED=pool.packed, CELLS=CELLS, BINS=BINS, device=boxes.device,
+    )  # fmt: skip
+    return out

@@ -11,14 +11,14 @@ LONGEST = 4
 
 
 def mask_targets(pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, aligned: bool) -> Tensor:
-    """Boxes [N, 4] of images `matched_idx` [N] // G and objects `matched_idx` % G -> [N, size, size] in boxes' dtype.
+    """Boxes [B, S, 4] and their objects [B, S] -> [B, S, size, size] in boxes' dtype.
 
     RoIAlign is separable: with interpolation weights A_y [size, H] and A_x [size, W] the target is A_y @ mask @ A_x^T.
     """
     height, width = pool.padded_size
-    slots = pool.offset.shape[1]
-    lengths = pool.sizes[matched_idx // max(slots, 1)]
-    offset, extent = pool.offset.flatten()[matched_idx], pool.extent.flatten(0, 1)[matched_idx]
+    image = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(matched_idx).flatten()
+    matched, boxes = matched_idx.flatten(), boxes.flatten(0, 1)
+    offset, extent, lengths = pool.offset[image, matched], pool.extent[image, matched], pool.sizes[image]
     weights_y = axis_weights(boxes[:, 1], boxes[:, 3], size, lengths[:, 0], height, aligned)
     weights_x = axis_weights(boxes[:, 0], boxes[:, 2], size, lengths[:, 1], width, aligned)
     out = boxes.new_empty(len(boxes), size, size)
@@ -27,7 +27,7 @@ def mask_targets(pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, 
         part = slice(first, first + chunk)
         masks = pool.masks(offset[part], extent[part]).to(boxes.dtype)
         out[part] = weights_y[part] @ masks @ weights_x[part].transpose(1, 2)
-    return out
+    return out.view(*matched_idx.shape, size, size)
 
 
 def axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_length: int, aligned: bool) -> Tensor:
@@ -38,10 +38,10 @@ def axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_le
     low, high = (low - 0.5, high - 0.5) if aligned else (low, high)
     extent = high - low
     bin_size = (extent if aligned else extent.clamp(min=1)) / bins
-    usable = (extent <= LONGEST * length) & (low.abs() <= LONGEST * length + 1)  # NaN is not
-    low, bin_size = torch.where(usable, low, 0), torch.where(usable, bin_size, 0)
+    sound = usable(low, high, length)
+    low, bin_size = torch.where(sound, low, 0), torch.where(sound, bin_size, 0)
     grid = bin_size.ceil()  # 0 for a box without extent, aligned: it has no samples
-    sample = torch.arange(-(-LONGEST * padded_length // bins) + 1, device=low.device)
+    sample = torch.arange(int(grid.max()) if len(grid) else 0, device=low.device)
     starts = low[:, None] + torch.arange(bins, device=low.device) * bin_size[:, None]
     position = starts[:, :, None] + ((sample + 0.5) * bin_size[:, None] / grid.clamp(min=1)[:, None])[:, None]
     length = length[:, None, None]
@@ -54,13 +54,27 @@ def axis_weights(low: Tensor, high: Tensor, bins: int, length: Tensor, padded_le
     return out.scatter_add_(2, torch.minimum(cell + 1, length - 1), weight * (position - cell))
 
 
+def usable(low: Tensor, high: Tensor, length: Tensor) -> Tensor:
+    """Whether boxes have targets, as far as an axis of images of `length` goes; false for NaN."""
+    return (high - low <= LONGEST * length) & (low.abs() <= LONGEST * length + 1)
+
+
 def torchvision_way(pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, aligned: bool) -> Tensor:
-    """torchvision's `project_masks_on_boxes`, an image at a time, from full-size floating masks."""
+    """torchvision's `project_masks_on_boxes`, an image at a time, from full-size floating masks of the objects matched.
+
+    Its RoIAlign crashes on boxes that are not finite, and does not come back from one of 1e9 pixels: they get zeros.
+    """
     from torchvision.ops import roi_align
 
-    images = []
+    out = boxes.new_zeros(*boxes.shape[:2], size, size)
     for b, (height, width) in enumerate(pool.sizes.tolist()):
-        masks = pool.dense(b)[:, None, :height, :width].to(boxes.dtype)
-        rois = torch.cat([matched_idx[b, :, None].to(boxes.dtype), boxes[b]], dim=1)
-        images.append(roi_align(masks, rois, (size, size), 1.0, -1, aligned)[:, 0])
-    return torch.stack(images) if images else boxes.new_empty(*boxes.shape[:2], size, size)
+        sound = usable(boxes[b, :, 0], boxes[b, :, 2], width) & usable(boxes[b, :, 1], boxes[b, :, 3], height)
+        used, place = matched_idx[b].unique(return_inverse=True)
+        chunk = max(1, CHUNK_PIXELS // (height * width))
+        for first in range(0, len(used), chunk):
+            part = used[first : first + chunk]
+            masks = pool.masks(pool.offset[b, part], pool.extent[b, part])[:, None, :height, :width].to(boxes.dtype)
+            rows = (sound & (place >= first) & (place < first + chunk)).nonzero()[:, 0]
+            rois = torch.cat([(place[rows, None] - first).to(boxes.dtype), boxes[b, rows]], dim=1)
+            out[b, rows] = roi_align(masks, rois, (size, size), 1.0, -1, aligned)[:, 0]
+    return out

@@ -107,7 +107,9 @@ def paste_mask_crops(
         _check_windows(windows, len(masks), size)
     areas = windows[:, 2] * windows[:, 3]
     offsets = torch.cat([areas.new_zeros(1), areas.cumsum(0)])
-    places = windows.to(masks.device), offsets[:-1].to(masks.device), offsets[-1].item()
+    # From pageable memory, which is read before the call returns.
+    there = [t.to(masks.device, non_blocking=True) for t in (windows, offsets[:-1])]
+    places = *there, offsets[-1].item()
     threshold = None if threshold is None else float(threshold)
     backend = choose_backend(backend, masks)
     if backend == "triton":
@@ -177,7 +179,7 @@ def _paste(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: flo
 
 @_paste.register_fake
 def _paste_fake(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float | None) -> Tensor:
-    return masks.new_empty(len(masks), height, width, dtype=torch.float32 if threshold is None else torch.bool)
+    return masks.new_empty(masks.shape[0], height, width, dtype=torch.float32 if threshold is None else torch.bool)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::paste_mask_crops", mutates_args=())

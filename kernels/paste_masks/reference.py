@@ -83,7 +83,7 @@ def _sources(position: Tensor, size: int, cells: int) -> tuple[Tensor, Tensor]:
 
     upsample_bilinear2d's for `align_corners=False`, from `cells` and a border to `size` pixels, in fp32.
     """
-    scale = torch.tensor(float(cells + 2)) / float(size)
-    at = (scale * (position + 0.5) - 0.5).clamp(0, cells + 1)
+    scale = torch.tensor(float(cells + 2), dtype=torch.float32) / float(size)
+    at = (scale * (position.float() + 0.5) - 0.5).clamp(0, cells + 1)
     cell = at.to(torch.int64)
     return cell, at - cell

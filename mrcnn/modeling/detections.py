@@ -54,7 +54,7 @@ def _paste_as_rle(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold
     owners, strips = _strips(mask_windows(masks, boxes, size).cpu(), PIXELS_AT_ONCE)
     runs: list[list[np.ndarray]] = [[] for _ in masks]
     for owner, windows in _chunks(owners, strips, PIXELS_AT_ONCE):
-        index = owner.to(masks.device)
+        index = owner.to(masks.device, non_blocking=True)
         pixels = paste_mask_crops(masks[index], boxes[index], size, threshold, windows=windows).pixels
         found = crop_runs(pixels.cpu().numpy(), windows.numpy(), size[0])
         for i, run in zip(owner.tolist(), found, strict=True):

@@ -62,11 +62,6 @@ def test_without_objects(packed):
     assert len(pool.bitmaps) == 0 and not pool.dense(1).any() and pool.dense(1).shape == (3, *PADDED)
 
 
-def test_more_masks_than_slots():
-    with pytest.raises(RuntimeError):
-        MaskPool.of(masks(), EXTENTS, 3, PADDED)
-
-
 def test_moves_whole(monkeypatch):
     # Every tensor, and what is no tensor along; the pool itself stays where it is.
     pool = MaskPool.of(masks(), EXTENTS, 4, PADDED, packed=False)
@@ -128,3 +123,19 @@ def test_extents_and_sizes_are_found():
     pool = MaskPool.of([mask, torch.zeros(0, 9, 4)])
     assert pool.offset.shape == (2, 3) and pool.padded_size == (9, 8) and pool.sizes.tolist() == [[6, 8], [9, 4]]
     assert torch.equal(pool.dense(0)[:, :6], mask != 0) and len(pool.bitmaps) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        ([], {}, TypeError, "for each image, of at least one"),
+        (torch.zeros(2, 4, 4), {}, TypeError, "must be a list"),
+        ([torch.zeros(4, 4)], {}, ValueError, r"must be \[n, h, w\]"),
+        ([torch.zeros(1, 0, 4)], {}, ValueError, "h and w at least 1"),
+        ([torch.ones(3, 4, 4)], {"slots": 2}, ValueError, "3 objects, and there are 2 slots"),
+        ([torch.ones(1, 4, 9)], {"padded_size": (8, 8)}, ValueError, "smaller than an image"),  # reads beyond weights
+    ],
+)
+def test_what_cannot_be_packed(given, options, error, message):
+    with pytest.raises(error, match=message):
+        MaskPool.of(given, **options)

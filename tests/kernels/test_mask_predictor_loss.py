@@ -288,9 +288,12 @@ def test_label_out_of_range(label, layout, margins, device):  # noqa: F811
             tensor[:2], tensor[5:] = NAN, NAN
     arguments = [t.detach()[inside] for t in (features, weight, bias)]
     rest = [torch.tensor([label, 1, -1], device=device), targets[inside], None]
-    loss, scale, *saved = op._forward._init_fn(*arguments, *rest, True)
-    one = torch.ones((), device=device)
-    grads = op._backward._init_fn(one, arguments[1], rest[0], scale, *saved, FP32, layout is NHWC, True)
+    loss, scale, slope, *sums, signs = op._forward._init_fn(*arguments, *rest, True)
+    given = torch.ones((), device=device), arguments[1], rest[0], scale
+    grads = [
+        op._features._init_fn(*given, slope, signs, FP32, layout is NHWC, True),
+        *op._weight._init_fn(*given, *sums),
+    ]
     assert loss.isnan()
     # The stray RoI counts among two, so that everything of the other is half of what it is alone: exactly.
     leaves = [a.requires_grad_() for a in arguments]
@@ -381,7 +384,7 @@ class Largest(TorchDispatchMode):
     numbers = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        bodies = {o._opoverload: o._init_fn for o in (op._forward, op._backward)}
+        bodies = {o._opoverload: o._init_fn for o in (op._forward, op._features, op._weight)}
         if function in bodies:
             with self:
                 out = bodies[function](*args)
@@ -483,3 +486,17 @@ def test_bad_arguments(change, error, message):
     } | change  # fmt: skip
     with pytest.raises(error, match=message):
         mask_predictor_loss(**arguments)
+
+
+@pytest.mark.parametrize("frozen", ["features", "predictor"])
+def test_what_needs_no_gradient_is_not_computed(frozen, device):
+    # A frozen trunk, or a frozen predictor: half of the backward's work, and the one gradient as it is with both.
+    leaves = list(inputs(3, 8, 2, device=device))
+    full = torch.autograd.grad(mask_predictor_loss(*leaves, backend="triton"), leaves[:3])
+    wanted = [0] if frozen == "predictor" else [1, 2]
+    leaves[:3] = [leaf.detach().requires_grad_(i in wanted) for i, leaf in enumerate(leaves[:3])]
+    launch_counts.clear()
+    found = torch.autograd.grad(mask_predictor_loss(*leaves, backend="triton"), [leaves[i] for i in wanted])
+    assert all(torch.equal(grad, full[i]) for grad, i in zip(found, wanted, strict=True))
+    counts = [launch_counts[f"mask_predictor_{name}_kernel"] for name in ("features", "weight")]
+    assert counts == ([1, 0] if frozen == "predictor" else [0, 1])

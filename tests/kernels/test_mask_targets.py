@@ -176,7 +176,7 @@ def test_nothing_else_in_memory_is_seen(style, packed, device):
 
 
 @STYLES
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "torchvision"])
 def test_boxes_that_are_none(backend, style, device):
     # NaN, infinite, a million pixels wide: zeros, at once, where torchvision would take a sample a pixel of it. A box
     # of an ordinary size far away sees nothing anyway. The box after them is as it is alone.
@@ -210,9 +210,9 @@ def test_match_out_of_range(dtype, style, device):
     pool, boxes = pool_of(masks()).to(device), torch.tensor([5.0, 6.0, 33.0, 30.0], device=device).expand(2, 5, 4)
     largest = torch.iinfo(dtype).max
     matched = torch.tensor([[0, 5, -1, largest, 1], [1, -largest, 10, 4, 0]], dtype=dtype, device=device)
-    ours = op._targets(*pool.flat(), boxes, matched, 7, style == "detectron2", True)
+    ours = op._targets(*pool.flat(), boxes, matched, 7, style == "detectron2", "triton")
     assert not ours[:, 1:4].any()  # slot 4 is empty
-    expected = op._targets(*pool.flat(), boxes, matched.clamp(0, 1), 7, style == "detectron2", True)
+    expected = op._targets(*pool.flat(), boxes, matched.clamp(0, 1), 7, style == "detectron2", "triton")
     assert torch.equal(ours[:, [0, 4]], expected[:, [0, 4]]) and expected[:, [0, 4]].flatten(2).any(-1).all()
     with pytest.raises(IndexError, match=r"matched_idx must lie in \[0, 5\)"):
         mask_targets(pool.to("cpu"), boxes.cpu(), matched.cpu(), 7, style)
@@ -240,7 +240,7 @@ def test_pool_without_slots(device):
     nothing = pool_of([torch.zeros(0, 57, 90), torch.zeros(0, 64, 41)], objects=((), ()), slots=0).to(device)
     boxes = torch.tensor([5.0, 6.0, 33.0, 30.0], device=device).expand(2, 3, 4)
     matched = torch.zeros(2, 3, dtype=torch.int64, device=device)
-    assert not op._targets(*nothing.flat(), boxes, matched, 7, False, True).any()
+    assert not op._targets(*nothing.flat(), boxes, matched, 7, False, "triton").any()
 
 
 @STYLES
@@ -288,11 +288,15 @@ def test_reference(chunk, packed, style, monkeypatch):
     assert torch.equal(exact, soft if style == "torchvision" else soft >= 0.5)
 
 
-def test_auto_on_a_cpu_is_the_reference(monkeypatch):
-    answer = torch.rand(2 * 3, 7, 7)
-    monkeypatch.setattr(reference, "mask_targets", lambda *arguments: answer)
+def test_auto_on_a_cpu_is_torchvisions_op(monkeypatch):
+    # The faster of the two there; the reference where torchvision is not installed.
+    answer = torch.rand(2, 3, 7, 7)
     boxes, matched = torch.tensor([5.0, 6.0, 33.0, 30.0]).expand(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
-    assert torch.equal(mask_targets(pool_of(masks()), boxes, matched, 7).flatten(0, 1), answer)
+    for name, installed in (("torchvision_way", True), ("mask_targets", False)):
+        monkeypatch.setattr("kernels.backend._HAS_TORCHVISION", installed)
+        monkeypatch.setattr(reference, name, lambda *arguments: answer.clone())
+        assert torch.equal(mask_targets(pool_of(masks()), boxes, matched, 7), answer)
+        monkeypatch.undo()
 
 
 @st.composite

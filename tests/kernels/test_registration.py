@@ -89,12 +89,10 @@ def predictor_inputs(dtype: torch.dtype = FP32, channels_last: bool = False) -> 
     )
 
 
-def predictor_saved(dtype: torch.dtype, relu: bool) -> tuple:
-    """What the backward of these has of the forward, and the options."""
-    wide = FP64 if dtype == FP64 else FP32
-    numbers = (torch.rand(shape).to(wide) for shape in ((3,), (3, 4, 4), (3, 1, 9), (3, 1)))
+def predictor_saved(relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the features' gradient needs of the forward: scale, slope, signs."""
     signs = torch.randint(0, 256, (3, 4, 4, 2) if relu else (0,), dtype=torch.uint8)
-    return *numbers, signs, dtype
+    return torch.rand(3), torch.rand(3, 4, 4), signs
 
 
 def bitmaps(packed: bool = True) -> MaskPool:
@@ -232,22 +230,32 @@ def _operators() -> list:
         ),
         ("mask_predictor_forward fp64", predictor._forward, (*predictor_inputs(FP64), None, False)),
         (
-            "mask_predictor_backward",
-            predictor._backward,
-            (torch.ones(()), torch.rand(2, 9), classes, *predictor_saved(FP32, False), False, False),
+            "mask_predictor_features",
+            predictor._features,
+            (torch.ones(()), torch.rand(2, 9), classes, *predictor_saved(False), FP32, False, False),
         ),
         (
-            "mask_predictor_backward fp16 channels_last relu",
-            predictor._backward,
-            (torch.ones(()), torch.rand(2, 9), classes, *predictor_saved(FP16, True), True, True),
+            "mask_predictor_features fp16 channels_last relu",
+            predictor._features,
+            (torch.ones(()), torch.rand(2, 9), classes, *predictor_saved(True), FP16, True, True),
         ),
-        ("mask_targets", crop._targets, (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, False, True)),
+        (
+            "mask_predictor_weight",
+            predictor._weight,
+            (torch.ones(()), torch.rand(2, 9), classes, torch.rand(3), torch.rand(3, 2, 9), torch.rand(3, 2)),
+        ),
+        ("mask_targets", crop._targets, (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, False, "triton")),
         (
             "mask_targets of bytes, aligned, strided",
             crop._targets,
-            (*bitmaps(False).flat(), boxes(3, 2, dtype=FP64).transpose(0, 1), MATCHES.int(), 5, True, True),
+            (*bitmaps(False).flat(), boxes(3, 2, dtype=FP64).transpose(0, 1), MATCHES.int(), 5, True, "triton"),
         ),
-        ("mask_targets reference", crop._targets, (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, True, False)),
+        ("mask_targets reference", crop._targets, (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, True, "torch")),
+        (
+            "mask_targets torchvision reference",
+            crop._targets,
+            (*bitmaps().flat(), boxes(2, 3), MATCHES, 5, False, "torchvision"),
+        ),
         ("rpn_loss_rows", loss._rows, (*grid(), *slots(), 1 / 9)),
         ("rpn_loss_rows bf16", loss._rows, (*grid(BF16), *slots(), 0.0)),
         ("rpn_loss_rows_backward", loss._rows_backward, (*torch.ones(2, 2), *grid(), *slots(), 1 / 9)),
@@ -404,13 +412,13 @@ CALLS = {
         lambda x, w, b, c, t, v, **k: mask_predictor_loss(x, w, b, c, t, v, **k),
         (*predictor_inputs()[:3], *masks()[1:], torch.rand(3)),
         3,
-        ("mask_predictor_forward", "mask_predictor_backward"),
+        ("mask_predictor_forward", "mask_predictor_features", "mask_predictor_weight"),
     ),
     "mask_predictor_loss of a convolution's weight after a ReLU": Call(
         lambda x, w, c, t, **k: mask_predictor_loss(x, w[:, :, None, None], None, c, t, relu=True, **k),
         (*predictor_inputs(BF16, True)[:2], *masks()[1:]),
         2,
-        ("mask_predictor_forward", "mask_predictor_backward"),
+        ("mask_predictor_forward", "mask_predictor_features", "mask_predictor_weight"),
     ),
     "mask_targets": Call(
         lambda m, o, e, s, b, i, **k: mask_targets(MaskPool(m, o, e, s, (12, 12)), b, i, 5, **k),
@@ -560,3 +568,28 @@ def test_half_boxes_are_no_labels(dtype, autocast, device):
             label_anchors(boxes(3).to(device), boxes(1, 2, dtype=dtype).to(device), COUNT[:1].to(device))
         with pytest.raises(TypeError, match="must be float32"):
             nms_mask(boxes(1, 2, dtype=dtype).to(device), torch.ones(1, 2, dtype=torch.bool, device=device), 0.5)
+
+
+@pytest.mark.parametrize("name", ["paste_masks", "mask_predictor_loss", "mask_bce_loss", "mask_targets"])
+def test_numbers_of_rois_share_a_graph(name, device):
+    # Detections and positives differ in number from image to image: a graph for each would end at the limit of eight.
+    def call(n):
+        values, box = torch.rand(n, 4, 4, device=device), boxes(n).to(device)
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+        if name == "paste_masks":
+            return lambda: paste_masks(values, box, (9, 11), backend="triton")
+        if name == "mask_targets":
+            pool = bitmaps().to(device)
+            return lambda: mask_targets(pool, box[None].expand(2, -1, 4), labels.expand(2, -1), 5, backend="triton")
+        features, weight = torch.rand(n, 9, 4, 4, device=device), torch.rand(2, 9, device=device)
+        if name == "mask_bce_loss":
+            return lambda: mask_bce_loss(features, labels, values, backend="triton")
+        return lambda: mask_predictor_loss(features, weight, None, labels, values, relu=True, backend="triton")
+
+    graphs = []
+    torch._dynamo.reset()
+    backend = lambda graph, inputs: graphs.append(graph) or (lambda *args: [torch.zeros(())])
+    compiled = torch.compile(lambda call: call(), fullgraph=True, backend=backend)
+    for n in (3, 4, 5, 7, 11, 12):
+        compiled(call(n))
+    assert len(graphs) <= 3
