@@ -19,14 +19,16 @@ def _channels(CHUNKS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _load(features_ptr, pixel, last, channel, stride_p, stride_c, channels, PLAIN: tl.constexpr):
-    """A tile of features up to pixel `last`. PLAIN: of NHWC features that fill all its channels, without a mask."""
+def _load(features_ptr, pixel, stop, channel, stride_p, stride_c, channels, PIXELS: tl.constexpr, PLAIN: tl.constexpr):
+    """A tile of features before pixel `stop`. PLAIN: of NHWC features that fill all its channels, without a mask."""
     if PLAIN:
+        last = tl.minimum(stop, PIXELS) - 1
         place = tl.minimum(pixel, last)[None, :, None, None] * stride_p + channel * stride_c
         return tl.load(features_ptr + place)
     else:
+        here = (pixel < stop) & (pixel < PIXELS)  # apart, both are known to hold for 16 pixels or for none
         place = pixel[None, :, None, None] * stride_p + channel * stride_c
-        return tl.load(features_ptr + place, (pixel <= last)[None, :, None, None] & (channel < channels), 0.0)
+        return tl.load(features_ptr + place, here[None, :, None, None] & (channel < channels), 0.0)
 
 
 @triton.jit
@@ -77,14 +79,14 @@ def mask_predictor_forward_kernel(
     grad_weight = tl.zeros((CHUNKS, BLOCK, LANES, 8), dtype)
     end = tl.where(known, tl.minimum(part * PART + PART, PIXELS), 0)
     begin = part * PART
-    last = tl.minimum(begin + PART, PIXELS) - 1  # what follows belongs to another program
+    stop = begin + PART  # what follows belongs to another program
     lane = tl.arange(0, BLOCK)
-    following = _load(features_ptr, begin + lane, last, channel, stride_p, stride_c, channels, PLAIN)
+    following = _load(features_ptr, begin + lane, stop, channel, stride_p, stride_c, channels, PIXELS, PLAIN)
     for first in range(begin, end, BLOCK):
         pixel = first + lane
         here = pixel < PIXELS
         x = following.to(dtype)  # the next tile comes while this one is used
-        following = _load(features_ptr, pixel + BLOCK, last, channel, stride_p, stride_c, channels, PLAIN)
+        following = _load(features_ptr, pixel + BLOCK, stop, channel, stride_p, stride_c, channels, PIXELS, PLAIN)
         if RELU:
             positive = (x <= 0.0) == 0  # NaN stays NaN
             x = tl.where(positive, x, 0.0)
