@@ -85,10 +85,11 @@ class MaskPool:
         padded_size: tuple[int, int] | None = None,
         packed: bool = True,
     ) -> MaskPool:
-        """Crop and join masks of B images, on their device; reads the extents on the host.
+        """Crop and join masks of B images, on their device, which the host waits for: for a loader's workers.
 
         Args:
-            masks: [n, h, w] of each image, non-zero where the object is; h and w are the image's, also for no object.
+            masks: [n, h, w] of each image, not 0 where the object is (soft ones: pass `masks > 0.5`); h and w are the
+                image's, also for no object.
             extents: [n, 4] integers of each image, xyxy with exclusive ends, outside of which its masks are zero; by
                 default the smallest, `mask_extents`.
             slots: G, by default the most objects of an image, at least 1.
@@ -110,6 +111,8 @@ class MaskPool:
             raise ValueError(f"an image has {most} objects, and there are {slots} slots: raise slots or leave some out")
         device = masks[0].device
         sizes = torch.tensor([of_image.shape[-2:] for of_image in masks], dtype=torch.int64)
+        for number, (of_image, found) in enumerate(zip(masks, extents, strict=True)):
+            _check_extents(found, of_image, number)
         padded_size = tuple(padded_size or sizes.amax(0).tolist())
         if (sizes > torch.tensor(padded_size)).any():
             raise ValueError(f"padded_size {padded_size} is smaller than an image: sizes are {sizes.tolist()}")
@@ -153,6 +156,17 @@ def _pack(mask: Tensor) -> Tensor:
     height, width = mask.shape
     bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, -width % 8)).view(height, (width + 7) // 8, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def _check_extents(extents: Tensor, masks: Tensor, image: int) -> None:
+    if extents.shape != (len(masks), 4) or extents.is_floating_point():
+        raise ValueError(
+            f"extents of image {image} must be whole numbers of shape [{len(masks)}, 4], got {tuple(extents.shape)} of "
+            f"{extents.dtype}"
+        )
+    low, high = extents[:, :2], extents[:, 2:]
+    if (low < 0).any() or (high < low).any() or (high > extents.new_tensor(masks.shape[:0:-1])).any():
+        raise ValueError(f"extents of image {image} must lie inside its {masks.shape[1]} x {masks.shape[2]} pixels")
 
 
 def mask_extents(masks: Tensor) -> Tensor:

@@ -66,11 +66,12 @@ def check_rows(
     """Check what belongs to RoIs with logits of `shape` [N, K, M, M'] on `device`, which come from `name`."""
     n, k, height, width = shape
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        raise TypeError("labels must be an int64 tensor")
+        raise TypeError(f"labels must be an int64 tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
     if not isinstance(targets, Tensor) or not (
         targets.is_floating_point() or targets.dtype in (torch.bool, torch.uint8)
     ):
-        raise TypeError("targets must be a floating, bool or uint8 tensor")
+        found = getattr(targets, "dtype", type(targets).__name__)
+        raise TypeError(f"targets must be a floating, bool or uint8 tensor, got {found}")
     if labels.shape != (n,):
         raise ValueError(f"labels must have shape [{n}], got {tuple(labels.shape)}")
     if targets.shape != (n, height, width):
@@ -86,6 +87,8 @@ def check_rows(
         if tensor.device != device:
             raise ValueError(f"all tensors must be on one device, got {name} on {device}, {what} on {tensor.device}")
     check_indices(labels, k, "labels (negative ones aside)", negative=True)
+    if targets.dtype == torch.uint8:
+        check_indices(targets, 2, "targets of bytes")
 
 
 def weighted_mean(rows: Tensor, labels: Tensor, weights: Tensor | None, num_classes: int, pixels: int) -> list[Tensor]:

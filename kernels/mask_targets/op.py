@@ -63,7 +63,8 @@ def _check(mask_pool: MaskPool, boxes: Tensor, matched_idx: Tensor, size: int, s
     if boxes.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"boxes must be float32 or float64, got {boxes.dtype}")
     if not isinstance(matched_idx, Tensor) or matched_idx.dtype not in (torch.int32, torch.int64):
-        raise TypeError("matched_idx must be an int32 or int64 tensor")
+        found = getattr(matched_idx, "dtype", type(matched_idx).__name__)
+        raise TypeError(f"matched_idx must be an int32 or int64 tensor, got {found}")
     images, slots = mask_pool.offset.shape
     if len(boxes) != images:
         raise ValueError(f"boxes must be those of the pool's {images} images, got shape {tuple(boxes.shape)}")

@@ -17,11 +17,16 @@ MOST_PIXELS = 1 << 30
 
 
 class MaskCrops(NamedTuple):
-    """Each mask's window of the image."""
+    """Each mask's window of the image.
 
-    pixels: Tensor  # [P] bool or fp32: the windows one after the other, each row by row
-    windows: Tensor  # [n, 4] int64 on the CPU: x, y, width, height
-    offsets: Tensor  # [n + 1] int64 on the CPU: where each window begins in pixels, and P
+    pixels: [P] bool or fp32, the windows one after the other, each row by row.
+    windows: [n, 4] int64 on the CPU: x, y, width, height.
+    offsets: [n + 1] int64 on the CPU: where each window begins in pixels, and P.
+    """
+
+    pixels: Tensor
+    windows: Tensor
+    offsets: Tensor
 
 
 def paste_masks(
@@ -34,7 +39,8 @@ def paste_masks(
 ) -> Tensor:
     """The masks of boxes where they lie in the image, resized to their boxes: torchvision's `paste_masks_in_image`.
 
-    As there, a mask gets a border of zeros and its box grows by (M' + 2) / M' about its centre, is truncated to whole
+    That takes and gives a channel of 1 in second place, which is not here, and leaves the threshold to its caller. As
+    there, a mask gets a border of zeros and its box grows by (M' + 2) / M' about its centre, is truncated to whole
     pixels, and takes the mask interpolated linearly (`align_corners=False`), cut off at the image. Beyond it: memory is
     the output's alone, without floats of the image's size before the threshold, and nothing waits for the device.
     A box that is wholly outside, of negative extent (-1 pixel and below), with NaN or inf, or with a corner 2**30

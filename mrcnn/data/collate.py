@@ -99,9 +99,14 @@ def targets_from_lists(
         Targets on the device of the input. An object whose mask is empty is left out.
 
     Raises:
-        ValueError: a box is not finite. On the device such a box would be no object, without a word.
+        ValueError: a box is not finite (on the device such a box would be no object, without a word), or an image has
+            not as many boxes, labels and masks.
     """
     for number, target in enumerate(targets):
+        counts = {key: len(target[key]) for key in ("boxes", "labels", "masks")}
+        if len(set(counts.values())) > 1:
+            name = int(target.get("image_id", number))
+            raise ValueError(f"image {name} must have as many boxes as labels and masks, got {counts}")
         if not target["boxes"].float().isfinite().all():
             name = int(target.get("image_id", number))
             raise ValueError(f"boxes must be finite; image {name} has NaN or inf among them")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # A polygon is rasterised with memory proportional to its perimeter: bound it, also for damaged files.
@@ -116,7 +117,16 @@ def crops_to_rle(pixels: Tensor, windows: Tensor, size: tuple[int, int]) -> list
         pixels: [P] bool or uint8 on any device, the windows one after the other, each row by row.
         windows: [n, 4] int64: x, y, width, height, inside the image.
         size: height and width of the image.
+
+    Raises:
+        TypeError, ValueError: pixels that are not bool or uint8, or not those of the windows; a window outside `size`.
     """
+    if pixels.dtype not in (torch.bool, torch.uint8):
+        raise TypeError(f"pixels must be bool or uint8 (paste with a threshold), got {pixels.dtype}")
+    if (windows[:, :2] + windows[:, 2:] > windows.new_tensor([size[1], size[0]])).any():
+        raise ValueError(f"windows (x, y, width, height) must lie in the image of {size[0]} x {size[1]} pixels")
+    if len(pixels) != windows[:, 2:].prod(1).sum():
+        raise ValueError(f"{len(pixels)} pixels are not those of the windows")
     runs = crop_runs(pixels.detach().cpu().numpy(), windows.cpu().numpy(), size[0])
     return [runs_to_rle([run], size) for run in runs]
 

@@ -6,8 +6,8 @@ from ..config import ModelConfig
 
 FLOPS = (
     "FLOPs: of the batch's forward pass, a multiply-add counted as 2: convolutions and matrix products. Not counted: "
-    "RoIAlign, mask targets, the mask channel of each RoI that model.mask_loss=bce trains, normalisation, activations, "
-    "upsampling, sorting, NMS, sums."
+    "RoIAlign, mask targets, the one mask channel of a RoI in training with model.mask_loss=bce, normalisation, "
+    "activations, upsampling, sorting, NMS, sums."
 )
 ANCHORS = (
     "Anchors: used by a stage that makes them, that has an output for each of them, or that takes one of these "

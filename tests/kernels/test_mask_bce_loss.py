@@ -245,3 +245,10 @@ def test_bad_arguments(change, error, message):
     } | change  # fmt: skip
     with pytest.raises(error, match=message):
         mask_bce_loss(**arguments)
+
+
+def test_bytes_that_are_no_targets():
+    # 255, as image files hold it, would make the loss negative.
+    logits, labels, targets = inputs()
+    with pytest.raises(IndexError, match=r"targets of bytes must lie in \[0, 2\), got 0 to 255"):
+        mask_bce_loss(logits, labels, (targets > 0.5).to(torch.uint8) * 255)

@@ -139,3 +139,17 @@ def test_extents_and_sizes_are_found():
 def test_what_cannot_be_packed(given, options, error, message):
     with pytest.raises(error, match=message):
         MaskPool.of(given, **options)
+
+
+@pytest.mark.parametrize("extent", [[-5, -5, 10, 10], [0, 0, 100, 100], [9, 9, 3, 3], [0, 0, 24, 21]])
+def test_extents_outside_the_image(extent):
+    # A kernel would read beyond the object's bitmap.
+    with pytest.raises(ValueError, match="extents of image 1 must lie inside its 20 x 24 pixels"):
+        MaskPool.of(
+            [torch.ones(1, 8, 8), torch.ones(1, 20, 24)], [torch.tensor([[0, 0, 8, 8]]), torch.tensor([extent])]
+        )
+
+
+def test_extents_of_another_form():
+    with pytest.raises(ValueError, match=r"whole numbers of shape \[2, 4\], got \(1, 4\) of torch.float32"):
+        MaskPool.of([torch.ones(2, 8, 8)], [torch.ones(1, 4)])

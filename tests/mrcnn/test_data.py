@@ -246,6 +246,14 @@ def test_targets_from_lists_refuses_boxes_that_are_not_finite(bad):
         targets_from_lists([target])
 
 
+def test_targets_from_lists_refuses_lists_that_do_not_fit():
+    # With a mask too few, an object would be left out without a word.
+    corners = torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]])
+    target = {"boxes": corners, "labels": torch.ones(2).long(), "masks": torch.ones(1, 8, 8)}
+    with pytest.raises(ValueError, match="image 0 must have as many boxes as labels and masks, got .*'masks': 1"):
+        targets_from_lists([target])
+
+
 def test_targets_from_lists_without_objects():
     """A batch of empty images still has one (empty) slot: shapes of size zero break kernels."""
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 5, 5)}

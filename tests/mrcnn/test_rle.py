@@ -104,3 +104,14 @@ def test_memory_does_not_grow_with_image_or_number(monkeypatch):
     assert len(packed) == 300 and packed[0]["size"] == [4000, 6000]
     assert mask_api().area(packed[0]) > 1e6 and mask_api().area(packed[-1]) == 0
     assert 0 < largest.size <= 4 << 20 and peak < 16 << 20
+
+
+def test_crops_that_are_none():
+    # Values instead of bits, height and width swapped, pixels of other windows: an almost empty mask, or a message of C++'s.
+    windows = torch.tensor([[2, 1, 5, 3]])
+    with pytest.raises(TypeError, match="bool or uint8 .paste with a threshold., got torch.float32"):
+        crops_to_rle(torch.rand(15), windows, (4, 8))
+    with pytest.raises(ValueError, match="must lie in the image of 8 x 4 pixels"):
+        crops_to_rle(torch.ones(15, dtype=torch.bool), windows, (8, 4))
+    with pytest.raises(ValueError, match="14 pixels are not those of the windows"):
+        crops_to_rle(torch.ones(14, dtype=torch.bool), windows, (4, 8))

@@ -5,10 +5,11 @@ empty nor full, every loss at work. Each of these is asserted.
 """
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
-from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -222,3 +223,39 @@ def test_targets_that_torchvision_refuses(targets, message):
     model = TorchvisionMaskRCNN(CONFIGS["tiny"]).train()
     with pytest.raises(ValueError, match=message):
         model([torch.zeros(3, 64, 64)], targets)
+
+
+def test_the_readmes_fused_mask_loss_is_torchvisions(monkeypatch):
+    # The recipe of the README, run as it stands there, inside torchvision's own model: losses and gradients as without
+    # it, given the same random numbers; detection is left alone.
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (recipe,) = [part for part in text.split("```python\n")[1:] if "def fused_loss" in part.partition("```")[0]]
+    torch.manual_seed(0)
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5, min_size=64, max_size=96).train()
+    targets = []
+    for height, width, n in ((64, 80, 2), (72, 64, 3)):
+        masks = torch.zeros(n, height, width, dtype=torch.uint8)
+        corners = torch.tensor([[4 + 12 * i, 6 + 10 * i, 24 + 12 * i, 30 + 10 * i] for i in range(n)])
+        for mask, (x0, y0, x1, y1) in zip(masks, corners.tolist(), strict=True):
+            mask[y0:y1, x0:x1] = torch.rand(y1 - y0, x1 - x0) > 0.3
+        targets.append({"boxes": corners.float(), "labels": torch.arange(n) + 1, "masks": masks})
+    images = [torch.rand(3, *target["masks"].shape[1:]) for target in targets]
+
+    def step():
+        torch.manual_seed(7)
+        losses = model(images, targets)
+        return losses, torch.autograd.grad(sum(losses.values()), [p for p in model.parameters() if p.requires_grad])
+
+    losses, grads = step()
+    from torchvision.models.detection import roi_heads
+
+    monkeypatch.setattr(roi_heads, "maskrcnn_loss", roi_heads.maskrcnn_loss)  # put back afterwards
+    names = {"model": model, "torch": torch}
+    exec("from kernels import MaskPool, mask_predictor_loss, mask_targets\n" + recipe.partition("```")[0], names)
+    fused, fused_grads = step()
+    assert roi_heads.maskrcnn_loss is names["fused_loss"]
+    for name, loss in losses.items():
+        torch.testing.assert_close(fused[name], loss, rtol=1e-5, atol=1e-6, msg=name)
+    for ours, theirs in zip(fused_grads, grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-7
+    assert "masks" in model.eval()(images)[0]
