@@ -214,7 +214,7 @@ def overhead(
 def predict() -> None:
     """Predict from counts, without a GPU, what the kernels take in training; nothing is measured.
 
-    Those of RoIAlign and of the region proposal network are compiled and their machine code is counted: a minute.
+    The kernels of the training ops are compiled and their machine code is counted: half a minute, or a whole one.
     """
     from rich.console import Console
 

@@ -250,7 +250,7 @@ def test_targets_from_lists_refuses_lists_that_do_not_fit():
     # With a mask too few, an object would be left out without a word.
     corners = torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5]])
     target = {"boxes": corners, "labels": torch.ones(2).long(), "masks": torch.ones(1, 8, 8)}
-    with pytest.raises(ValueError, match="image 0 must have as many boxes as labels and masks, got .*'masks': 1"):
+    with pytest.raises(ValueError, match=r"image 0 must have as many boxes as labels and masks, got .*'masks': 1"):
         targets_from_lists([target])
 
 

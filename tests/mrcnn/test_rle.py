@@ -107,9 +107,9 @@ def test_memory_does_not_grow_with_image_or_number(monkeypatch):
 
 
 def test_crops_that_are_none():
-    # Values instead of bits, height and width swapped, pixels of other windows: an almost empty mask, or a message of C++'s.
+    # Values instead of bits, height and width swapped, pixels of other windows: a wrong mask, or a message of C++'s.
     windows = torch.tensor([[2, 1, 5, 3]])
-    with pytest.raises(TypeError, match="bool or uint8 .paste with a threshold., got torch.float32"):
+    with pytest.raises(TypeError, match=r"bool or uint8 \(paste with a threshold\), got torch.float32"):
         crops_to_rle(torch.rand(15), windows, (4, 8))
     with pytest.raises(ValueError, match="must lie in the image of 8 x 4 pixels"):
         crops_to_rle(torch.ones(15, dtype=torch.bool), windows, (8, 4))

@@ -123,7 +123,7 @@ def test_nothing_waits_for_the_device(option, device, monkeypatch):
     # itself sees some that a CPU cannot show, such as copies from pageable memory.)
     # They look at indices on a CPU only, where nothing waits.
     for op in ("roi_align", "mask_bce_loss", "mask_targets", "rpn_loss", "proposals"):
-        monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args: None)
+        monkeypatch.setattr(importlib.import_module(f"kernels.{op}.op"), "check_indices", lambda *args, **kwargs: None)
     batch, model = shapes_batch().to(device), few(option, device)
     with use_backend("triton"):
         model(batch.images, batch.sizes, batch.targets)  # first calls compile and look around
