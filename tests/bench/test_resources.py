@@ -58,7 +58,8 @@ def test_no_kernel_got_worse(rows):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_compiled(rows, target):
     # The interpreter accepts more than the compiler does. A new kernel has to be reached by a call of calls.py.
-    text = "".join(path.read_text() for path in (REPOSITORY / "kernels").glob("*/kernel*.py"))
+    files = [f for pattern in ("*/kernel*.py", "device*.py") for f in (REPOSITORY / "kernels").glob(pattern)]
+    text = "".join(path.read_text() for path in files)
     assert set(re.findall(r"def (\w+_kernel)\(", text)) == {r.kernel.split("/")[0] for r in rows if r.target == target}
 
 
@@ -69,7 +70,8 @@ def test_exact_kernels_divide_as_ieee_does(rows, target):
     found = {row.kernel.split("/")[0]: row.assembly for row in rows if row.target == target}
     assert all(found[name].ieee_divisions for name in ("roi_geometry_kernel", "box_iou_kernel", "nms_words_kernel"))
     assert all(found[name].fma for name in ("roi_align_forward_kernel", "mask_bce_forward_kernel"))
-    assert not any(row.fusion for row in rows)  # the sums ask for each of theirs
+    # The sums ask for each of theirs, but those of the mask loss, whose exp and log are not exact to begin with.
+    assert {row.kernel.split("/")[0] for row in rows if row.fusion} == {"mask_predictor_forward_kernel"}
 
 
 @needs_triton

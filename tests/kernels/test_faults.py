@@ -108,7 +108,7 @@ FAULTS = [
     ("_load_words", "nms", "wanted[:, None] & (word", "(wanted | True)[:, None] & (word", "chain and triton-130"),
     ("nms_sweep_kernel", "nms", "word == step", "word == first", "chain and triton"),
     ("nms_sweep_kernel", "nms", "first * 32, BLOCK_ROWS)", "first, BLOCK_ROWS)", "more_than_one"),
-    ("_pixels", "mask_bce_loss", "(pixel // WIDTH) * strides[2]", "(pixel // WIDTH) * strides[3]", "strided"),
+    ("_pixels", "mask_bce_loss", "(tl.int64) * strides[2]", "(tl.int64) * strides[3]", "strided"),
     (
         "mask_bce_forward_kernel",
         "mask_bce_loss",
@@ -149,8 +149,8 @@ FAULTS = [
     (
         "_load",
         "mask_predictor_loss",
-        "tl.minimum(pixel, PIXELS - 1)",
-        "tl.minimum(pixel, PIXELS - 2)",
+        "tl.minimum(stop, PIXELS) - 1",
+        "tl.minimum(stop, PIXELS) - 2",
         "small_tiles and 128-m1-relu-nhwc",
     ),
     ("_load", "mask_predictor_loss", "& (channel < channels), 0.0)", ", 0.0)", "out_of_range and nchw-3"),
@@ -166,8 +166,8 @@ FAULTS = [
     (
         "mask_predictor_forward_kernel",
         "mask_predictor_loss",
-        "pixel + BLOCK, channel",
-        "pixel, channel",
+        "pixel + BLOCK, stop",
+        "pixel, stop",
         "ordinary_predictor and 20",
     ),
     (

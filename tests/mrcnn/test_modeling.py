@@ -73,7 +73,7 @@ def test_it_learns(norm):
             buffer.fill_(0.3)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     totals, masks = [], []
-    for _ in range(12):
+    for _ in range(16):
         losses = model(batch.images, batch.sizes, batch.targets)
         loss = sum(losses.values())
         optimizer.zero_grad()

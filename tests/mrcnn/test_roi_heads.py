@@ -10,6 +10,7 @@ from model_inputs import TINY, random_boxes, shapes_batch
 
 from mrcnn.data.collate import targets_from_lists
 from mrcnn.modeling.detections import BoxSelection
+from mrcnn.modeling.heads import MaskHead
 from mrcnn.modeling.mask_losses import MaskLoss
 from mrcnn.modeling.roi_heads import BoxLoss, RoIPool, RoISample, RoISampler
 
@@ -126,5 +127,6 @@ def test_softmax_masks_ignore_what_bce_ignores():
     rois = RoISample(batch.targets.boxes[:, :2], torch.full((1, 2), -1), torch.zeros(1, 2, dtype=torch.int64))
     for form in ("bce", "softmax", "canvas"):
         loss = MaskLoss(dataclasses.replace(TINY, mask_loss=form))
-        found = loss(torch.randn(2, 4, 28, 28, requires_grad=True), rois, batch.targets, batch.sizes, (64, 64))
+        head, features = MaskHead(TINY), torch.randn(2, TINY.mask_channels, 28, 28, requires_grad=True)
+        found = loss(features, head, rois, batch.targets)
         assert found["loss_mask"] == 0 and found["loss_mask"].requires_grad
