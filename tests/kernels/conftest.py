@@ -5,8 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 import kernels  # noqa: F401  # PyTorch's compiler, which it imports, looks its functions up by identity: before the patch
+
+_device_constructors()  # likewise, and it remembers what it found: `torch.device` as a context would miss torch.empty
 
 
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

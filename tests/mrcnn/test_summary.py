@@ -100,7 +100,6 @@ def test_flops_are_those_of_torchvisions_modules():
         theirs = maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).eval()
         images, pooled, pooled_masks = (torch.zeros(s) for s in ((2, 3, 64, 96), (10, 256, 7, 7), (10, 256, 14, 14)))
 
-    # Outside of that context: once anything was compiled in the process, batch norm mixes devices inside it.
     def count(call):
         with FlopCounterMode(display=False) as counter:
             result = call()
