@@ -159,7 +159,7 @@ def _pack(mask: Tensor) -> Tensor:
 
 
 def _check_extents(extents: Tensor, masks: Tensor, image: int) -> None:
-    if extents.shape != (len(masks), 4) or (len(masks) and extents.is_floating_point()):
+    if extents.shape != (len(masks), 4) or extents.is_floating_point():
         raise ValueError(
             f"extents of image {image} must be whole numbers of shape [{len(masks)}, 4], got {tuple(extents.shape)} of "
             f"{extents.dtype}"

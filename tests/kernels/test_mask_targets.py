@@ -37,7 +37,7 @@ def masks(sizes=SIZES, objects=OBJECTS) -> list[Tensor]:
 
 
 def pool_of(given: list[Tensor], packed: bool = True, objects=OBJECTS, padded=(64, 96), slots=5) -> MaskPool:
-    return MaskPool.of(given, [torch.tensor(e).view(-1, 4) for e in objects], slots, padded, packed)
+    return MaskPool.of(given, [torch.tensor(e, dtype=torch.int64).view(-1, 4) for e in objects], slots, padded, packed)
 
 
 def theirs(given: list[Tensor], boxes: Tensor, matched: Tensor, size: int, style: str) -> Tensor:
