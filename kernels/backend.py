@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,30 +15,44 @@ BACKENDS = ("auto", "triton", "torch", "torchvision")
 """`auto` picks one; `triton` are this project's kernels; `torch` is the plain PyTorch reference; `torchvision`
 is torchvision's own op, or, where it has none, the way its detection models compute the same thing."""
 
+OPS = (
+    *("roi_align", "box_iou", "label_anchors", "rpn_loss", "stable_topk", "decode_proposals", "nms"),
+    *("mask_targets", "mask_predictor_loss", "mask_bce_loss", "paste_masks"),
+)
+"""Names by which `use_backend` tells the ops apart; variants of one op share its name: all RoIAligns are roi_align."""
+
 # Looked up once: torch.compile, which traces the choice of a backend, cannot trace the search for a package.
 _HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
-_default = "auto"
+_chosen: dict[str, str] = {}  # backend of each op that is not left to `auto`; that of all others under ""
 
 
 @contextmanager
-def use_backend(backend: str) -> Iterator[None]:
+def use_backend(backend: str, *, only: Collection[str] = ()) -> Iterator[None]:
     """Let every op called with `backend="auto"` inside the block use `backend`. Not thread-local.
 
+    Args:
+        backend: one of `BACKENDS`.
+        only: the ops, of `OPS`, that this is about; the others keep what an enclosing block says.
+
     Raises:
-        ValueError: `backend` is not one of `BACKENDS`.
+        ValueError: an unknown backend or op.
     """
-    global _default
+    global _chosen
     _check_name(backend)
-    previous, _default = _default, backend
+    only = (only,) if isinstance(only, str) else only
+    if unknown := [op for op in only if op not in OPS]:
+        raise ValueError(f"unknown op {unknown[0]!r}; only= takes {', '.join(OPS)}")
+    previous = _chosen
+    _chosen = previous | dict.fromkeys(only, backend) if only else {"": backend}
     try:
         yield
     finally:
-        _default = previous
+        _chosen = previous
 
 
-def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch", on_gpu: str = "triton") -> str:
-    """Resolve `backend` for an op whose main input is `tensor`: the name of the one to run, never "auto".
+def choose_backend(backend: str, tensor: Tensor, op: str = "", *, on_cpu: str = "torch", on_gpu: str = "triton") -> str:
+    """Resolve `backend` for `op`, whose main input is `tensor`: the name of the one to run, never "auto".
 
     `auto` is the enclosing `use_backend`, else `on_gpu` or `on_cpu`, whichever is right for that op there.
 
@@ -47,7 +61,7 @@ def choose_backend(backend: str, tensor: Tensor, on_cpu: str = "torch", on_gpu: 
         RuntimeError: Triton was asked for and cannot run on that tensor, or torchvision is not installed.
     """
     _check_name(backend)
-    backend = _default if backend == "auto" else backend
+    backend = _chosen.get(op, _chosen.get("", "auto")) if backend == "auto" else backend
     if backend == "auto":
         chosen = on_gpu if tensor.is_cuda and HAS_TRITON and not INTERPRETED else on_cpu
         return chosen if chosen != "torchvision" or _HAS_TORCHVISION else "torch"

@@ -68,7 +68,7 @@ def _matrix(boxes1: Tensor, boxes2: Tensor, backend: str, generalized: bool) -> 
     if boxes1.shape[:-2] != boxes2.shape[:-2]:
         raise ValueError(f"batch sizes differ: boxes1 {tuple(boxes1.shape)}, boxes2 {tuple(boxes2.shape)}")
 
-    backend = choose_backend(backend, boxes1)
+    backend = choose_backend(backend, boxes1, "box_iou")
     if backend == "triton":
         if ndim == 3:
             return _forward(boxes1, boxes2, generalized)

@@ -128,7 +128,7 @@ def _check(anchors: Tensor, number: int, gt_boxes: Tensor, gt_count: Tensor, hig
 def _run(
     anchors: Tensor | AnchorGrid, gt_boxes: Tensor, gt_count: Tensor, options: tuple, backend: str
 ) -> tuple[Tensor, Tensor]:
-    backend = choose_backend(backend, gt_boxes)
+    backend = choose_backend(backend, gt_boxes, "label_anchors")
     high, low, *flags = options
     arguments = (gt_boxes, gt_count, float(high), float(low), *flags)
     is_grid = isinstance(anchors, AnchorGrid)

@@ -42,7 +42,7 @@ def mask_bce_loss(
             TRITON_DEBUG=1 in the environment, this is raised there, too).
     """
     _check(logits, labels, targets, weights)
-    backend = choose_backend(backend, logits)
+    backend = choose_backend(backend, logits, "mask_bce_loss")
     if backend == "triton":
         return _forward(logits, labels, targets, None if weights is None else weights.detach())[0]
     return reference.weighted_mean(reference.mask_bce_rows(logits, labels, targets), labels, weights)

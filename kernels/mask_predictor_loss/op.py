@@ -61,7 +61,7 @@ def mask_predictor_loss(
     """
     matrix = _check(features, weight, bias, labels, targets, weights)
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    backend = choose_backend(backend, features)
+    backend = choose_backend(backend, features, "mask_predictor_loss")
     if backend == "triton":
         weights = None if weights is None else weights.detach()
         return _forward(features, matrix, bias, labels, targets, weights, relu)[0]

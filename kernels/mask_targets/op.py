@@ -52,7 +52,7 @@ def mask_targets(
         IndexError: an object of G or more, or below 0 (CPU tensors; the Triton kernel gives zeros).
     """
     _check(mask_pool, boxes, matched_idx, size, style)
-    backend = choose_backend(backend, boxes, on_cpu="torchvision")
+    backend = choose_backend(backend, boxes, "mask_targets", on_cpu="torchvision")
     return _targets(*mask_pool.flat(), boxes.detach(), matched_idx, size, style == "detectron2", backend)
 
 

@@ -77,7 +77,7 @@ def _nms(
     check_threshold(threshold, "iou_threshold")
     boxes, scores = boxes.detach().float(), scores.detach()
     size = len(boxes) if max_output is None else max_output
-    backend = choose_backend(backend, boxes)
+    backend = choose_backend(backend, boxes, "nms")
     if backend == "torchvision":
         return _torchvision(boxes, scores, idxs, float(threshold), size)
     order = _by_falling(scores)

@@ -42,7 +42,7 @@ def nms_mask(
     """
     _check(boxes, valid, groups)
     check_threshold(threshold, "threshold")
-    backend = choose_backend(backend, boxes)
+    backend = choose_backend(backend, boxes, "nms")
     run = {"triton": _nms, "torchvision": _torchvision, "torch": reference.nms_mask}[backend]
     if backend == "torch" and torch.compiler.is_compiling():
         run = _opaque_reference

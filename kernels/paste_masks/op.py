@@ -63,7 +63,7 @@ def paste_masks(
     """
     height, width = _check(masks, boxes, image_size, threshold)
     masks, boxes = masks.detach(), boxes.detach()
-    backend = choose_backend(backend, masks)
+    backend = choose_backend(backend, masks, "paste_masks")
     run = {"triton": _paste, "torchvision": _torchvision, "torch": reference.paste_masks}[backend]
     if backend == "torch" and torch.compiler.is_compiling():
         run = _opaque_reference
@@ -117,7 +117,7 @@ def paste_mask_crops(
     there = [t.to(masks.device, non_blocking=True) for t in (windows, offsets[:-1])]
     places = *there, offsets[-1].item()
     threshold = None if threshold is None else float(threshold)
-    backend = choose_backend(backend, masks)
+    backend = choose_backend(backend, masks, "paste_masks")
     if backend == "triton":
         pixels = _paste_crops(masks, boxes, *places, max(areas.tolist(), default=0), threshold)
     elif backend == "torch":

@@ -44,7 +44,7 @@ def stable_topk(values: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     if values.shape[1] > MOST_VALUES:
         raise ValueError(f"at most {MOST_VALUES} values a row, got {values.shape[1]}")
     values, k = values.detach(), min(k, values.shape[1])
-    if choose_backend(backend, values) == "triton":
+    if choose_backend(backend, values, "stable_topk") == "triton":
         return _keys(values).topk(k, dim=1).indices
     return reference.stable_topk(values, k)
 
@@ -86,7 +86,7 @@ def decode_proposals(
     cells = anchors.cells if isinstance(anchors, AnchorGrid) else anchors
     _check(logits, deltas, index, cells, number, image_sizes)
     logits, deltas, min_size = logits.detach(), deltas.detach(), float(min_size)
-    if choose_backend(backend, logits) == "triton":
+    if choose_backend(backend, logits, "decode_proposals") == "triton":
         grid = anchors if isinstance(anchors, AnchorGrid) else AnchorGrid.of(anchors.detach())
         return _decode(logits, deltas, index, *grid.flat(), image_sizes, min_size)
     anchors = anchors.anchors() if isinstance(anchors, AnchorGrid) else anchors.detach()

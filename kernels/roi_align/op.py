@@ -184,7 +184,7 @@ def _pool(
     rois = [r.detach().to(wide) for r in rois]  # no gradient flows to them, on any backend
     # The layout decides which algorithms the convolutions behind it use: it must not depend on the backend.
     memory_format = memory_format or layout(is_channels_last(features))
-    backend = choose_backend(backend, rois[0], on_cpu="torchvision")
+    backend = choose_backend(backend, rois[0], "roi_align", on_cpu="torchvision")
     options = (scales, sampling_ratio, aligned, canonical_scale, canonical_level)
     if backend == "triton":
         pooling = Pooling(sizes, tuple(scales), *options[1:])

@@ -64,7 +64,7 @@ def rpn_loss(
     if not box_beta >= 0:
         raise ValueError(f"box_beta must not be negative, got {box_beta}")
     slots = (gt_boxes.detach(), matched_idx, index, drawn, positive, float(box_beta))
-    if choose_backend(backend, logits) == "triton":
+    if choose_backend(backend, logits, "rpn_loss") == "triton":
         grid = anchors if isinstance(anchors, AnchorGrid) else AnchorGrid.of(anchors.detach())
         rows = _rows(logits, deltas, *grid.flat(), *slots)
         return rows[0].sum(), rows[1].sum()

@@ -1,6 +1,7 @@
 """Choosing an implementation, and the folder on its own: without Triton, and under another name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import backend, box_iou, launch_counts, roi_align, use_backend
+from kernels import backend, box_iou, label_anchors, launch_counts, roi_align, use_backend
 
 KERNELS = Path(kernels.__file__).parent
 
@@ -90,6 +91,39 @@ def test_use_backend_decides_for_auto_only(device):
         assert launch_counts["box_iou_kernel"] == 2
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, triton, torch, torchvision"):
         use_backend("cuda").__enter__()
+
+
+def test_use_backend_of_some_ops(device):
+    # One op at a time, inside another choice for the rest: what an ablation does.
+    boxes = torch.tensor([[0.0, 0, 1, 1]], device=device)
+    count = torch.tensor([1], device=device)
+    launch_counts.clear()
+    with use_backend("triton"):
+        with use_backend("torch", only=("box_iou",)):
+            box_iou(boxes, boxes)
+            assert launch_counts["box_iou_kernel"] == 0
+            label_anchors(boxes, boxes[None], count)  # another op: still Triton
+            assert launch_counts["label_anchors_kernel"] == 1
+            with use_backend("triton"):  # of all ops, this one too
+                box_iou(boxes, boxes)
+            assert launch_counts["box_iou_kernel"] == 1
+            with use_backend("torch", only="label_anchors"):  # a name alone; box_iou stays as it was chosen
+                label_anchors(boxes, boxes[None], count)
+                box_iou(boxes, boxes)
+            assert launch_counts["label_anchors_kernel"] == launch_counts["box_iou_kernel"] == 1
+        box_iou(boxes, boxes)
+    assert launch_counts["box_iou_kernel"] == 2
+    with pytest.raises(ValueError, match="unknown op 'nms_mask'; only= takes roi_align, box_iou, "):
+        use_backend("torch", only=["nms_mask"]).__enter__()
+
+
+def test_every_op_has_a_name():
+    # An op without one could not be chosen alone; a name that no op has would be taken and do nothing.
+    found = set()
+    for path in KERNELS.rglob("*.py"):
+        found |= set(re.findall(r'choose_backend\(backend, [\w\[\]]+, "(\w+)"', path.read_text()))
+        assert "choose_backend(backend, " not in re.sub(r'choose_backend\(backend, [\w\[\]]+, "', "", path.read_text())
+    assert found == set(backend.OPS)
 
 
 def test_without_torchvision(monkeypatch):
