@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +17,58 @@ from ..errors import ConfigError
 
 
 class FrozenBatchNorm(FrozenBatchNorm2d):
-    """torchvision's, but in the dtype of its input: theirs promotes the activations of bf16 autocast to fp32."""
+    """torchvision's, but in the dtype of its input: theirs promotes the activations of bf16 autocast to fp32.
+
+    Where the convolution before it has taken its work over (`fold_norms`), it returns its input.
+    """
+
+    folded = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> the same, scaled and shifted by constants."""
+        if self.folded:
+            return x
         constants = (self.running_mean, self.running_var, self.weight, self.bias)
         if x.dtype == torch.float64:  # a model made so for exactness; half types take fp32 constants
             constants = [c.double() for c in constants]
         return F.batch_norm(x, *constants, training=False, eps=self.eps)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel, [C]: the normalisation is x * scale + shift."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution that also does the work of the frozen batch norm behind it.
+
+    The product of its weights and the norm's scale is made anew in each step, in the weights' own precision, so that
+    what is trained and saved are the weights without it; the shift is the bias. Of the activations, a pass that scales
+    them is spared in forward and in backward, and the scale is not rounded to a half type.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm) -> None:
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        super().__init__(*shape, conv.dilation, conv.groups, bias=False, device="meta")
+        self.weight = conv.weight
+        self._norm = (norm,)  # in a tuple: it is another module's child
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W'], normalised."""
+        (norm,) = self._norm
+        if not norm.folded:
+            return super().forward(x)
+        scale, shift = norm.affine()
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Replace each convolution inside `module` that a FrozenBatchNorm follows; names and weights stay as they are."""
+    for parent in list(module.modules()):
+        for (name, conv), (_, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
+                setattr(parent, name, FoldedConv2d(conv, norm))
+                norm.folded = True
 
 
 NORMS: dict[str, Callable[[int], nn.Module] | None] = {
@@ -49,6 +94,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.name = name
         net = getattr(torchvision.models, name)(weights=None, norm_layer=NORMS[norm])
+        fold_norms(net)
         self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self.out_channels = [net.fc.in_features // 2**i for i in (3, 2, 1, 0)]

@@ -14,6 +14,7 @@ from kernels.boxes import take
 
 from ..config import ModelConfig
 from ..structures import Targets
+from .joined import Joined
 from .sampling import sample
 
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
@@ -31,6 +32,7 @@ class RPNHead(nn.Module):
         )
         self.objectness = nn.Conv2d(channels, anchors_per_cell * self.logits_per_anchor, 1)
         self.deltas = nn.Conv2d(channels, anchors_per_cell * 4, 1)
+        self.joined = Joined()
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=0.01)
@@ -42,9 +44,9 @@ class RPNHead(nn.Module):
         Where an anchor has two logits (background, object), the one returned is their difference, of half types in
         fp32: its sigmoid is their softmax, and binary cross-entropy on it is cross-entropy on the two.
         """
-        hidden = [self.convs(f) for f in features]
-        logits = torch.cat([_by_anchor(self.objectness(h), self.logits_per_anchor) for h in hidden], dim=1)
-        deltas = torch.cat([_by_anchor(self.deltas(h), 4) for h in hidden], dim=1)
+        levels = [self.joined(self.convs(f), self.objectness, self.deltas) for f in features]
+        logits = torch.cat([_by_anchor(logits, self.logits_per_anchor) for logits, _ in levels], dim=1)
+        deltas = torch.cat([_by_anchor(deltas, 4) for _, deltas in levels], dim=1)
         if self.logits_per_anchor == 1:
             return logits[..., 0], deltas
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -54,8 +56,8 @@ class RPNHead(nn.Module):
 
 def _by_anchor(x: Tensor, values: int) -> Tensor:
     """[B, a * values, H, W] -> [B, H * W * a, values]."""
-    batch, _, height, width = x.shape
-    return x.view(batch, -1, values, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
+    batch = len(x)
+    return x.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
 
 
 class RPNLoss(nn.Module):

@@ -1,5 +1,6 @@
 """Backbones, their weights, norms and frozen stages, and the pyramid."""
 
+import copy
 import socket
 import urllib.error
 
@@ -10,7 +11,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from mrcnn.errors import ConfigError
-from mrcnn.modeling.backbone import ResNet, load_pretrained
+from mrcnn.modeling.backbone import FoldedConv2d, ResNet, load_pretrained
 from mrcnn.modeling.fpn import FPN
 
 CHANNELS = {
@@ -40,16 +41,17 @@ def cached(hub, name: str, net: nn.Module) -> None:
 def test_c2_to_c5_are_torchvisions(name, hub):
     # Weights through torchvision's own API, from its cache; the last map, pooled and classified, gives torchvision's
     # logits: nothing of the network is missing or in another order.
-    theirs = getattr(torchvision.models, name)(weights=None).eval()
+    # In double: without statistics the activations of 101 layers grow, and their rounding.
+    theirs = getattr(torchvision.models, name)(weights=None).eval().double()
     cached(hub, name, theirs)
-    backbone = ResNet(name, "frozen_bn").eval()
+    backbone = ResNet(name, "frozen_bn").eval().double()
     load_pretrained(backbone, "DEFAULT")
-    images = torch.randn(2, 3, 64, 96)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     features = backbone(images)
     sides = [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert [tuple(f.shape) for f in features] == [(2, c, *s) for c, s in zip(CHANNELS[name], sides, strict=True)]
     assert backbone.out_channels == CHANNELS[name]
-    torch.testing.assert_close(theirs.fc(features[-1].mean((2, 3))), theirs(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs.fc(features[-1].mean((2, 3))), theirs(images), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,70 @@ def test_autocast_keeps_bf16(norm):
     with torch.autocast("cpu", torch.bfloat16):
         features = ResNet("resnet18", norm)(torch.randn(1, 3, 64, 64))
     assert all(f.dtype == torch.bfloat16 for f in features)
+
+
+def with_statistics(backbone: ResNet) -> ResNet:
+    """Frozen batch norms as training leaves them: no constant is 0 or 1."""
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.5)
+    return backbone
+
+
+def test_folded_norms_change_nothing():
+    # Values and gradients of the weights, which are the unscaled ones; names of the state as torchvision's.
+    torch.manual_seed(0)
+    backbone = with_statistics(ResNet("resnet18", "frozen_bn")).double()
+    norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    assert sum(isinstance(m, FoldedConv2d) for m in backbone.modules()) == len(norms) == 20
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for folded in (True, False):
+        for norm in norms:
+            norm.folded = folded
+        backbone.zero_grad()
+        features = backbone(images)
+        sum(f.square().mean() for f in features).backward()
+        results.append((features, {n: p.grad.clone() for n, p in backbone.named_parameters()}))
+    (features, grads), (plain_features, plain_grads) = results
+    for found, expected in zip(features, plain_features, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert not torch.equal(features[-1], plain_features[-1])  # another order of operations: it was folded
+    for name, grad in plain_grads.items():
+        assert (grads[name] - grad).norm() <= 1e-11 * grad.norm(), name
+    assert backbone.state_dict().keys() == ResNet("resnet18", "frozen_bn").state_dict().keys()
+    assert "stages.1.0.downsample.0.weight" in grads and "stem.1.running_var" in backbone.state_dict()
+
+
+def test_folding_survives_a_copy():
+    # Of a copied model the convolutions read the copy's norms, not the original's.
+    backbone = ResNet("resnet18", "frozen_bn").eval()
+    twin = copy.deepcopy(backbone)
+    images = torch.randn(1, 3, 32, 32)
+    expected = twin(images)[-1]
+    with_statistics(backbone)
+    assert torch.equal(twin(images)[-1], expected)
+    with_statistics(twin)
+    assert not torch.equal(twin(images)[-1], expected)
+
+
+def test_folded_weights_round_once():
+    # bf16's error against fp64 is no larger than with the norm as a layer of its own, which rounds in between.
+    torch.manual_seed(0)
+    backbone = with_statistics(ResNet("resnet18", "frozen_bn"))
+    norms = [m for m in backbone.modules() if isinstance(m, FrozenBatchNorm2d)]
+    images = torch.randn(2, 3, 64, 64)
+    exact = copy.deepcopy(backbone).double()(images.double())[-1]
+    errors = []
+    for folded in (True, False):
+        for norm in norms:
+            norm.folded = folded
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append((backbone(images)[-1].double() - exact).norm().item())
+    assert errors[0] <= 1.1 * errors[1] and errors[0] <= 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("stages", range(6))

@@ -15,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from mrcnn.config import CONFIGS
 from mrcnn.modeling import rpn
+from mrcnn.modeling.backbone import FrozenBatchNorm
 from mrcnn.modeling.torchvision_model import TorchvisionMaskRCNN, from_torchvision
 
 MIN_SIZE, MAX_SIZE = 224, 320  # small enough for a CPU; everything else is torchvision's default
@@ -141,6 +142,11 @@ def test_same_detections(models, images):
 
 def test_same_losses_and_gradients(models, images, monkeypatch):
     theirs, ours = map(in_training_mode, models)
+    # In fp32 the last bit decides on which side of a ReLU's kink a value lies: torchvision's order of operations here.
+    # (That folding changes nothing is shown in double, in test_backbone.py.)
+    for module in ours.modules():
+        if isinstance(module, FrozenBatchNorm):
+            monkeypatch.setattr(module, "folded", False)
     targets = objects(images)
     drawn = {}
 
