@@ -25,9 +25,8 @@ from mrcnn.inference import autocast, evaluation_loader
 from mrcnn.loader import training_batches
 from mrcnn.modeling import MaskRCNN
 from mrcnn.modeling.roi_heads import RoISample
-from mrcnn.optim import build_optimizer, build_schedule
+from mrcnn.step import TrainingStep
 from mrcnn.structures import Batch
-from mrcnn.train import training_step
 
 from .environment import describe_commit, describe_environment
 from .mask_study.arms import THRESHOLD, arm_config, held_out_set, training_set
@@ -198,12 +197,10 @@ def _train(
 ) -> tuple[MaskRCNN, dict[str, list[float | None]]]:
     """The model, and the mask and the total loss of every step; None where one is not finite."""
     model = _model(config, path, device)
-    optimizer = build_optimizer(model, config.train)
-    schedule = build_schedule(optimizer, config.train)
+    step = TrainingStep(model, config.train)
     masks, totals = [], []
     for batch in training_batches(training_set(config), config):
-        losses = training_step(model, batch.to(device, non_blocking=True), optimizer, config.train.clip_norm)
-        schedule.step()
+        losses = step(batch.to(device, non_blocking=True))
         masks.append(losses["loss_mask"])
         totals.append(sum(losses.values()))
         on_step()

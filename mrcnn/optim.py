@@ -1,4 +1,4 @@
-"""The optimizer with its parameter groups, and the learning rate at each step."""
+"""The optimizer with its parameter groups, the learning rate at each step, and the update of the weights they make."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ NORMALISATION = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over `parameter_groups`."""
+    """SGD with momentum, or AdamW, over `parameter_groups`; fused, so that a step is a few launches."""
     groups = parameter_groups(model, config)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, config.lr, fused=True)
+    if config.optimizer == "adamw":
+        on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, config.lr, fused=True, capturable=on_gpu)
+    optimizer = torch.optim.SGD(groups, config.lr, momentum=config.momentum, fused=True)
+    if config.momentum:
+        # Made by the first step otherwise, uninitialised: were that step skipped, the next would take what is there.
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
@@ -42,11 +48,6 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     return list(groups.values())
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """Every group's learning rate times `learning_rate_factor`."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
-
-
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """What the learning rate is multiplied by at `step`: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
@@ -60,3 +61,71 @@ SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
     "constant": lambda done, config: 1.0,
 }
 """Factor of the learning rate by the part of the run that is done."""
+
+
+class Update:
+    """Schedule, clipping and optimizer, all on the device: nothing waits for it, nothing is decided by the host.
+
+    The learning rate is looked up by a step counter that the update itself moves on. A step whose gradient is not
+    finite changes no weight and no momentum (batch norm's running statistics are the forward pass's, and have moved);
+    it is counted. The same calls can so be captured in a CUDA graph once and replayed for every step.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, start: int = 0) -> None:
+        """For the steps after the first `start` of a run of `config.steps`; the model is on its device already."""
+        self.optimizer = build_optimizer(model, config)
+        self.clip_norm = config.clip_norm
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        device = self._parameters[0].device
+        factors = [learning_rate_factor(step, config) for step in range(config.steps)]
+        self._factors = torch.tensor(factors, dtype=torch.float32, device=device)
+        base = [group["lr"] for group in self.optimizer.param_groups]
+        self._base = torch.tensor(base, dtype=torch.float32, device=device)
+        self._rates = self._base * self._factors[min(start, config.steps - 1)]
+        self._step = torch.tensor([start], device=device)
+        self._skipped, self._in_a_row = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self._use_own_rates()
+
+    def __call__(self) -> None:
+        """Change the weights by their gradients."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        skip = ~norm.isfinite()
+        step = self._step.clamp(max=len(self._factors) - 1)
+        torch.mul(self._base, self._factors.index_select(0, step), out=self._rates)
+        # What a GradScaler sets: the fused kernels divide gradients by the one, and do nothing where the other is 1.
+        self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1).float() if self.clip_norm > 0 else None
+        self.optimizer.found_inf = skip.float()
+        self.optimizer.step()
+        self._step += 1
+        self._skipped += skip
+        self._in_a_row.add_(1).mul_(skip)
+
+    def skipped(self) -> tuple[int, int]:
+        """Steps without a finite gradient: of all, and of the last ones in a row. Waits for the device."""
+        of_all, in_a_row = torch.cat([self._skipped, self._in_a_row]).tolist()
+        return of_all, in_a_row
+
+    def state_dict(self) -> dict:
+        """What it takes to go on, beside the step; learning rates as plain numbers."""
+        state = self.optimizer.state_dict()
+        groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+        return {"optimizer": state | {"param_groups": groups}, "skipped": self.skipped()[0]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take a state of the same configuration, whose tensors may be on another device or in another layout."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter in self._parameters:
+            _match_layout(self.optimizer.state.get(parameter, {}), parameter)
+        self._skipped.fill_(state.get("skipped", 0))
+        self._use_own_rates()
+
+    def _use_own_rates(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate  # a view
+
+
+def _match_layout(state: dict, parameter: torch.Tensor) -> None:
+    """Lay momenta and the like out as their parameter is: a fused step walks the memory of both, strides unseen."""
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

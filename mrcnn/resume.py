@@ -6,33 +6,30 @@ import hashlib
 import json
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .checkpoint import Checkpoint
 from .config import Config
 from .data.coco import CocoDataset
 from .data.shapes import ShapesDataset
 from .errors import CheckpointError, ConfigError, DataError
+from .optim import Update
 
-# What a run reports and saves, and how fast it loads; everything else decides what is learnt.
-MAY_CHANGE = ("train.workers", "train.log_every", "train.eval_every", "train.save_every")
+# What a run reports and saves, and how fast it is; everything else decides what is learnt.
+MAY_CHANGE = (
+    *("train.workers", "train.log_every", "train.eval_every", "train.save_every"),
+    *("train.skip_limit", "train.compile", "train.cuda_graphs"),
+)
 
 
-def training_state(
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    device: torch.device,
-) -> dict:
+def training_state(update: Update, device: torch.device) -> dict:
     """What a checkpoint needs beside the weights and the step to go on: tensors and plain values.
 
-    The data needs no more than the step (see loader.py); nothing in training draws from Python's or numpy's generators.
+    The data needs no more than the step (see loader.py), nor does the schedule; nothing in training draws from Python's
+    or numpy's generators.
     """
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": gpu},
-    }
+    return update.state_dict() | {"rng": {"cpu": torch.get_rng_state(), "cuda": gpu}}
 
 
 def describe_data(dataset: CocoDataset | ShapesDataset) -> dict:
@@ -52,37 +49,21 @@ def describe_data(dataset: CocoDataset | ShapesDataset) -> dict:
     return {"images": len(dataset), "data": digest.hexdigest()}
 
 
-def restore(
-    state: dict,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    device: torch.device,
-) -> None:
-    """Put `training_state` back, into an optimizer and a schedule of the same configuration.
+def restore(state: dict, update: Update, device: torch.device) -> None:
+    """Put `training_state` back, into an update of the same configuration.
 
     The state may be that of parameters in another memory layout, as of a GPU's run that goes on without one.
 
     Raises:
-        CheckpointError: the state does not fit them.
+        CheckpointError: the state does not fit.
     """
     try:
-        optimizer.load_state_dict(state["optimizer"])
-        _match_layouts(optimizer)
-        schedule.load_state_dict(state["schedule"])
+        update.load_state_dict(state)
         torch.set_rng_state(state["rng"]["cpu"])
         if device.type == "cuda" and state["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["rng"]["cuda"], device)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint's training state is damaged or of another version: {error}") from None
-
-
-def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Lay momenta and the like out as their parameters are: a fused step walks the memory of both, strides unseen."""
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        state = optimizer.state.get(parameter, {})
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_resumable(checkpoint: Checkpoint, config: Config, dataset: CocoDataset | ShapesDataset) -> None:

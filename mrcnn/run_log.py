@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -57,14 +58,18 @@ class RunLog:
         self._images += images
         self.damaged_images += damaged
 
-    def training(self, step: int, losses: dict[str, float], lr: float) -> dict[str, float]:
-        """Write and return the metrics of a training step; `losses` have names as the model's, loss_mask and so on."""
+    def training(self, step: int, losses: dict[str, float], lr: float, skipped: int = 0) -> dict[str, float]:
+        """Write and return the metrics of a training step; `losses` have names as the model's, loss_mask and so on.
+
+        `skipped` are the run's steps without a finite gradient. A loss that is not finite is null in the file.
+        """
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self._images, self._since = 0, now
         metrics = {"step": step, "loss": sum(losses.values()), **losses, "lr": lr, "images_per_second": rate}
         metrics |= {"seconds": now - self._start, "damaged_images": self.damaged_images}
-        self._write(metrics)
+        metrics |= {"skipped_steps": skipped}
+        self._write({k: v if math.isfinite(v) else None for k, v in metrics.items()})
         self._show(step, {f"loss/{name.removeprefix('loss_')}": value for name, value in losses.items()})
         self._show(step, {"loss/total": metrics["loss"], "train/lr": lr, "train/images_per_second": rate})
         return metrics

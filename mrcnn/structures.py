@@ -6,7 +6,10 @@ with few objects carries empty slots (`count` says how many are real) instead of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,18 +18,25 @@ from kernels import MaskPool
 
 
 class _Movable:
-    """`.to()` and `.pin_memory()` over every tensor (or container) of a dataclass."""
+    """What can be done to all tensors of a dataclass, those of its containers too."""
 
-    def _map(self, function):  # noqa: ANN001
-        return type(self)(**{f.name: function(getattr(self, f.name)) for f in fields(self)})
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Copy with `function` applied to every tensor."""
+        return dataclasses.replace(self, **{name: _map(value, function) for name, value in vars(self).items()})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> _Movable:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Copy with every tensor on `device`."""
-        return self._map(lambda v: v.to(device, non_blocking=non_blocking) if hasattr(v, "to") else v)
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> _Movable:
+    def pin_memory(self) -> Self:
         """Copy in page-locked memory; the DataLoader calls this when `pin_memory=True`."""
-        return self._map(lambda v: v.pin_memory() if hasattr(v, "pin_memory") else v)
+        return self.map(Tensor.pin_memory)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    return value.map(function) if isinstance(value, (_Movable, MaskPool)) else value
 
 
 @dataclass

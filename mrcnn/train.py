@@ -1,16 +1,15 @@
-"""Training: the step, the run, its metrics and checkpoints."""
+"""Training: the run, its metrics and checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checkpoint import Checkpoint, save_checkpoint
 from .config import Config, TrainConfig, validate
@@ -18,30 +17,16 @@ from .data.coco import CocoDataset
 from .data.shapes import ShapesDataset
 from .errors import ConfigError, DataError, TrainingStopped
 from .files import check_folder, write_text
-from .inference import autocast, evaluate
-from .loader import training_batches
+from .inference import evaluate
+from .loader import device_batches, training_batches
 from .modeling import MaskRCNN
 from .modeling.backbone import load_pretrained
-from .optim import build_optimizer, build_schedule, learning_rate_factor
+from .optim import learning_rate_factor
 from .resume import check_resumable, describe_data, initialise, restore, training_state
 from .run_log import NO_BEST, RunLog, summary_writer
-from .structures import Batch
+from .step import TrainingStep
 
 Dataset = CocoDataset | ShapesDataset
-
-
-def training_step(
-    model: MaskRCNN, batch: Batch, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0
-) -> dict[str, Tensor]:
-    """One optimizer step; returns the losses, detached and still on the device."""
-    with autocast(batch.images.device):
-        losses = model(batch.images, batch.sizes, batch.targets)
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    if clip_norm > 0:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    optimizer.step()
-    return {name: loss.detach() for name, loss in losses.items()}
 
 
 def train(
@@ -63,6 +48,9 @@ def train(
     `metrics.jsonl` gets one JSON object every `log_every` steps and one an evaluation. `on_step` is called after
     every step, with the metrics where they were read from the device and {} elsewhere.
 
+    A step whose gradient is not finite changes nothing and is counted; `train.skip_limit` of them in a row end the run.
+    `train.compile` and `train.cuda_graphs` say how a step runs; what cannot be had is left out, and `on_note` told why.
+
     The model starts with random weights, with `config.model.weights` in its backbone, or with what fits of the
     checkpoint `init_from`; `on_note` gets sentences about what did. `resume` is the checkpoint.pt of the run in
     `output`, loaded with its training state: the run goes on with that model, and on a CPU ends as one without a pause
@@ -74,7 +62,8 @@ def train(
         ConfigError: a value that cannot work, or is not that of the run to resume; `output` holds a checkpoint that is
             not resumed; nothing of `init_from` fits; the backbone's weights cannot be had; TensorBoard is missing.
         CheckpointError: `resume` has no training state; a checkpoint cannot be written.
-        FloatingPointError: a loss or a weight is no longer finite; the last checkpoint is kept.
+        FloatingPointError: no step has a finite gradient any more, or a weight is not finite; the last checkpoint is
+            kept.
         TrainingStopped: `should_stop` said so.
     """
     if len(dataset) == 0:
@@ -92,17 +81,17 @@ def train(
     model = model.to(device)
     if device.type == "cuda":  # on a CPU channels_last convolutions are slower
         model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.train)
-    schedule = build_schedule(optimizer, config.train)
+        torch.backends.cudnn.benchmark = config.data.group_by_aspect  # of many shapes each would be tried out
     checkpoint = Checkpoint(model, config, dataset.class_names, dataset.category_ids, resume.step if resume else 0)
+    step = TrainingStep(model.train(), config.train, start=checkpoint.step, on_note=on_note)
     if resume is not None:
-        restore(resume.training, optimizer, schedule, device)
+        restore(resume.training, step.update, device)
 
     output.mkdir(parents=True, exist_ok=True)
     _write_config(output / "config.json", config, dataset.class_names)
     best = resume.training.get("best", NO_BEST) if resume else NO_BEST
     with RunLog(output, checkpoint.step, tensorboard, best) as log:
-        _Run(checkpoint, optimizer, schedule, device, dataset, validation, output, log, on_step, should_stop).finish()
+        _Run(checkpoint, step, device, dataset, validation, output, log, on_step, should_stop).finish()
     model.eval()
     return checkpoint
 
@@ -149,8 +138,7 @@ class _Run:
     """A run from the step of its checkpoint to the last one."""
 
     checkpoint: Checkpoint
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    step: TrainingStep
     device: torch.device
     dataset: Dataset
     validation: Dataset | None
@@ -161,6 +149,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.described = describe_data(self.dataset)  # once: it reads all annotations
+        self.skipped_in_a_row = 0
 
     @property
     def settings(self) -> TrainConfig:
@@ -168,21 +157,18 @@ class _Run:
 
     def finish(self) -> None:
         """Take the steps that are left."""
-        start, model, log = self.checkpoint.step, self.checkpoint.model, self.log
+        start, log = self.checkpoint.step, self.log
         if self.validation is not None and log.evaluated_step < start and self.is_evaluated(start):
             self.on_step(start, self.evaluate(start))  # the run was stopped between saving and this
         batches = training_batches(self.dataset, self.checkpoint.config, start, self.device.type == "cuda")
-        for step, batch in enumerate(batches, start + 1):
-            batch = batch.to(self.device, non_blocking=True)
-            losses = training_step(model.train(), batch, self.optimizer, self.settings.clip_norm)
+        for step, batch in enumerate(device_batches(batches, self.device), start + 1):
+            losses = self.step(batch)
             log.count(len(batch.image_ids), batch.replaced)
             stopping = self.should_stop()
             saving = stopping or self.is_evaluated(step) or step % self.settings.save_every == 0
             metrics: dict = {}
             if saving or step % self.settings.log_every == 0:
-                lr = self.settings.lr * learning_rate_factor(step - 1, self.settings)
-                metrics = log.training(step, _read_losses(step, losses), lr)
-            self.schedule.step()
+                metrics = self.read(step, losses, ending=stopping or step == self.settings.steps)
             if saving:
                 self.save(step)
             if self.is_evaluated(step) and not stopping:  # else it is made up for when the run goes on
@@ -194,19 +180,33 @@ class _Run:
                     f"stopped after step {step} of {self.settings.steps}: --resume goes on from {path}"
                 )
 
+    def read(self, step: int, losses: dict[str, Tensor], ending: bool) -> dict:
+        """Metrics of a step, for which the host waits; FloatingPointError where the run has come to nothing."""
+        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+        skipped, self.skipped_in_a_row = self.step.update.skipped()
+        if self.skipped_in_a_row >= (1 if ending else self.settings.skip_limit):
+            raise FloatingPointError(
+                f"the gradient was not finite from step {step + 1 - self.skipped_in_a_row} to step {step} (losses: "
+                f"{values}); lower --lr, or set train.clip_norm"
+            )
+        lr = self.settings.lr * learning_rate_factor(step - 1, self.settings)
+        return self.log.training(step, values, lr, skipped)
+
     def is_evaluated(self, step: int) -> bool:
         """Whether the model is evaluated after `step`, where there is something to evaluate on."""
         every = self.settings.eval_every
         return step == self.settings.steps or bool(every and step % every == 0)
 
     def save(self, step: int) -> None:
-        """Write checkpoint.pt; weights that are not finite would replace a good one."""
+        """Write checkpoint.pt; weights that have run away would replace good ones."""
+        if self.skipped_in_a_row:
+            return  # the next one may do; if none does, the run ends with the checkpoint before
         if not all(parameter.isfinite().all() for parameter in self.checkpoint.model.parameters()):
             raise FloatingPointError(
-                f"the weights are not finite after step {step}; lower --lr or raise train.clip_norm"
+                f"the weights are not finite after step {step}; lower --lr, or set train.clip_norm"
             )
         self.checkpoint.step = step
-        state = training_state(self.optimizer, self.schedule, self.device) | self.described
+        state = training_state(self.step.update, self.device) | self.described
         state["best"] = (self.log.best_step, float(self.log.best_ap))
         save_checkpoint(self.output / "checkpoint.pt", dataclasses.replace(self.checkpoint, training=state))
 
@@ -224,13 +224,3 @@ class _Run:
             save_checkpoint(self.output / "best.pt", self.checkpoint)
             self.save(step)  # again, with the AP that best.pt is to be compared with: the line may be lost
         return self.log.evaluation(step, results)
-
-
-def _read_losses(step: int, losses: dict[str, Tensor]) -> dict[str, float]:
-    """Losses as numbers, which waits for the device."""
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-    if not math.isfinite(sum(values.values())):
-        raise FloatingPointError(
-            f"the loss is not finite at step {step}: {values}; lower --lr or raise train.clip_norm"
-        )
-    return values

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
-import torch
 from torch.profiler import record_function
 
 from mrcnn.modeling import MaskRCNN
 
 PREFIX = "mrcnn: "  # of the ranges' names in the trace
-STEP, BACKWARD, OPTIMIZER, WAIT, OTHER = "step", "backward", "optimizer", "wait for the device", "between the phases"
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"  # of `mrcnn.step.TrainingStep`
+STEP, WAIT, OTHER = "step", "wait for the device", "between the phases"
 
 
 @contextmanager
-def watch_phases(model: MaskRCNN, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
-    """Open a range of the trace around every stage, the optimizer, and what lies between the losses and it."""
+def watch_stages(model: MaskRCNN) -> Iterator[None]:
+    """Open a range of the trace around every stage of the forward pass."""
     ranges: dict[str, record_function] = {}
 
     def start(name: str, *hook_arguments: object) -> None:
@@ -31,9 +31,9 @@ def watch_phases(model: MaskRCNN, optimizer: torch.optim.Optimizer | None) -> It
         for name, stage in model.named_children():
             hooks.enter_context(stage.register_forward_pre_hook(partial(start, name)))
             hooks.enter_context(stage.register_forward_hook(partial(stop, name)))
-        if optimizer is not None:
-            hooks.enter_context(model.register_forward_hook(partial(start, BACKWARD)))
-            hooks.enter_context(optimizer.register_step_pre_hook(partial(stop, BACKWARD)))
-            hooks.enter_context(optimizer.register_step_pre_hook(partial(start, OPTIMIZER)))
-            hooks.enter_context(optimizer.register_step_post_hook(partial(stop, OPTIMIZER)))
         yield
+
+
+def phase_range(name: str) -> AbstractContextManager:
+    """A range around a phase of the step; of the forward pass there is one around each of its stages instead."""
+    return nullcontext() if name == FORWARD else record_function(PREFIX + name)

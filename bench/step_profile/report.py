@@ -15,7 +15,7 @@ from .trace import Phase
 STEP_NOTE = (
     "Means of the profiled steps; the profiler slows down many small calls. Loading of images is not part of the step."
 )
-BACKWARD_NOTE = "Backward is all between the losses and the optimizer's step, clipping too."
+BACKWARD_NOTE = "Update is clipping, schedule and optimizer."
 CPU_NOTE = (
     "These are times of a CPU and say nothing about a GPU. What would wait on a GPU is counted in the ops that ran "
     "here: with --ops auto they are not a GPU's, and on a CPU alone they look at their arguments' values "

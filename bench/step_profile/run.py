@@ -24,15 +24,14 @@ from mrcnn.data.collate import Collate
 from mrcnn.data.shapes import ShapesDataset
 from mrcnn.inference import autocast
 from mrcnn.modeling import MaskRCNN
-from mrcnn.optim import build_optimizer
+from mrcnn.step import TrainingStep
 from mrcnn.structures import Batch
 from mrcnn.summary import parse_image_size
-from mrcnn.train import training_step
 
 from ..environment import describe_commit, describe_environment
 from ..report import write_whole
 from ..tables import machine_text
-from .phases import PREFIX, STEP, WAIT, watch_phases
+from .phases import PREFIX, STEP, WAIT, phase_range, watch_stages
 from .trace import Phase, read_events, read_trace
 
 TRACE, NUMBERS = "trace.json.gz", "profile.json"
@@ -137,8 +136,8 @@ def _profile(
     if on_gpu:  # as in training
         model = model.to(memory_format=torch.channels_last)
     prepare(model)
-    step, optimizer = _make_step(model, synthetic_batch(size, batch_size, config).to(device), config, training)
-    with use_backend(ops), watch_phases(model, optimizer):
+    step = _make_step(model, synthetic_batch(size, batch_size, config).to(device), config, training)
+    with use_backend(ops), watch_stages(model):
         operators, launches = _run(step, trace, device, steps, warmup)
     seconds, phases, waits = read_trace(read_events(trace), on_gpu)
     environment = _environment(on_gpu)
@@ -171,20 +170,19 @@ def synthetic_batch(size: tuple[int, int], batch_size: int, config: Config) -> B
     return batch
 
 
-def _make_step(
-    model: MaskRCNN, batch: Batch, config: Config, training: bool
-) -> tuple[Callable[[], object], torch.optim.Optimizer | None]:
-    """What is profiled, and the optimizer that it steps."""
+def _make_step(model: MaskRCNN, batch: Batch, config: Config, training: bool) -> Callable[[], object]:
+    """What is profiled: stage by stage, so neither compiled nor captured."""
     if training:
-        optimizer = build_optimizer(model, config.train)
-        return lambda: training_step(model, batch, optimizer, config.train.clip_norm), optimizer
+        settings = dataclasses.replace(config.train, compile=False, cuda_graphs=False)
+        step = TrainingStep(model, settings, phase=phase_range)
+        return lambda: step(batch)
 
     @torch.no_grad()
     def detect() -> object:
         with autocast(batch.images.device):
             return model(batch.images, batch.sizes)
 
-    return detect, None
+    return detect
 
 
 def _run(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .phases import OPTIMIZER, OTHER, PREFIX, STEP, WAIT
+from .phases import OTHER, PREFIX, STEP, UPDATE, WAIT
 
 # Calls of the CUDA runtime that return when the device has done something.
 WAITING_CALLS = (
@@ -120,7 +120,7 @@ def _waits(events: list[dict], clock: _Clock, on_gpu: bool) -> Iterator[tuple[st
         phase = clock.phase(event["ts"])
         # The wait at the end of a step is ours. A fused optimizer's counts of its steps are read on the host where it
         # runs on a CPU; a GPU has them in its memory, where its kernels read them.
-        counts = not on_gpu and phase == OPTIMIZER and what == SCALAR
+        counts = not on_gpu and phase == UPDATE and what == SCALAR
         if phase not in (None, WAIT) and not counts:
             yield phase, what
 

@@ -38,6 +38,8 @@ RESUME = (
     "Go on with the run in --output from its checkpoint.pt, with its configuration: of other values only "
     f"{', '.join(MAY_CHANGE)} are taken, and train.steps where the schedule is constant (the others depend on it)."
 )
+COMPILE = "Compile the model: minutes at the start, fewer and larger kernels then. Sets data.group_by_aspect."
+CUDA_GRAPHS = "Capture the whole step in a CUDA graph for each shape of batch. Sets data.group_by_aspect."
 INIT_FROM = "Start from this checkpoint's weights, those that fit by name and shape, instead of from model.weights."
 
 
@@ -75,6 +77,12 @@ def train(
     eval_every: Annotated[
         int | None, typer.Option(min=0, show_default=FROM_CONFIG, help="Steps; 0 is at the end only.")
     ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", show_default=FROM_CONFIG, help=COMPILE)
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None, typer.Option("--cuda-graphs/--no-cuda-graphs", show_default=FROM_CONFIG, help=CUDA_GRAPHS)
+    ] = None,
     ops: OpsOption = Ops.auto,
     device: DeviceOption = Device.auto,
     seed: Annotated[
@@ -94,6 +102,8 @@ def train(
         "lr": lr,
         "workers": workers,
         "eval_every": eval_every,
+        "compile": compile_,
+        "cuda_graphs": cuda_graphs,
         "seed": seed,
     }
     base = resumed.config if resumed and config is None else load_config(config or "torchvision")
@@ -132,6 +142,8 @@ def _resolve(base: Config, overrides: list[str], given: dict, image_size: int | 
         train=dataclasses.replace(config.train, **{k: v for k, v in given.items() if v is not None}),
         data=config.data if image_size is None else _with_image_size(config, image_size),
     )
+    if config.train.compile or config.train.cuda_graphs:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, group_by_aspect=True))
     return validate(config)
 
 
@@ -189,6 +201,9 @@ class _Report:
         damaged = self.last.get("damaged_images")
         if damaged:
             console.print(f"{damaged} times a damaged image was replaced by the next one; the warnings name the files")
+        skipped = self.last.get("skipped_steps")
+        if skipped:
+            console.print(f"{skipped} steps changed nothing: their gradient was not finite")
         if "best_step" in self.last:
             best = f"mask AP {self.last['best_segm_AP']:.3f} at step {self.last['best_step']}"
             console.print(f"best {best}: {output / 'best.pt'}", soft_wrap=True)

@@ -93,6 +93,7 @@ class DataConfig:
     max_size: int = 1333  # longer side at most
     max_objects: int = 0  # ground-truth slots an image; 0 takes the data set's largest number
     augment: bool = True
+    group_by_aspect: bool = False  # batches of landscape, portrait or square images: 3 shapes, as --compile needs
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,9 @@ class TrainConfig:
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # of the steps, where multistep multiplies by lr_gamma
     lr_gamma: float = 0.1
     clip_norm: float = 0.0  # largest gradient norm; 0 does not clip
+    skip_limit: int = 10  # steps in a row that are left out for a gradient that is not finite, before the run ends
+    compile: bool = False  # forward and losses by torch.compile, their backward with them
+    cuda_graphs: bool = False  # the whole step as one CUDA graph for each of the three shapes of batches
     log_every: int = 20
     eval_every: int = 0  # steps between evaluations; 0 evaluates at the end only
     save_every: int = 1000  # steps between checkpoints; also written at every evaluation and at the end

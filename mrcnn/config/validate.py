@@ -27,6 +27,9 @@ def validate(config: Config) -> Config:
                 raise ConfigError(f"{key} must not be negative and must be finite, got {value}")
     _validate_model(config.model)
     _validate_train(config.train)
+    for name in ("compile", "cuda_graphs"):
+        if getattr(config.train, name) and not config.data.group_by_aspect:
+            raise ConfigError(f"train.{name} needs batches of few shapes: set data.group_by_aspect=true")
     if config.data.max_size < config.data.image_size:
         raise ConfigError(
             f"data.max_size {config.data.max_size} must not be below data.image_size {config.data.image_size}"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bench.cli import app
 from bench.step_profile import run
-from bench.step_profile.phases import BACKWARD, OPTIMIZER, OTHER, PREFIX, STEP, WAIT
+from bench.step_profile.phases import BACKWARD, OTHER, PREFIX, STEP, UPDATE, WAIT
 from bench.step_profile.report import profile_report
 from bench.step_profile.run import profile_named, profile_steps
 from bench.step_profile.trace import read_events, read_trace
@@ -20,7 +20,7 @@ from mrcnn.config import load_config
 
 SMALL = ["model.roi_samples=8", "model.post_nms_top_n=[8, 8]", "model.pre_nms_top_n=[20, 20]"]
 STAGES = ["normalize", "backbone", "fpn", "rpn", "anchors", "proposals", "rpn_loss", "roi_sampler", "pooler"]
-STAGES += ["box_head", "box_loss", "mask_head", "mask_loss", BACKWARD, OPTIMIZER]
+STAGES += ["box_head", "box_loss", "mask_head", "mask_loss", BACKWARD, UPDATE]
 
 
 def text_of(result, width=100):
@@ -64,7 +64,7 @@ def test_a_planted_item_is_seen_in_its_phase(profiled):
     _, result = profiled
     assert result.waits["fpn: aten::_local_scalar_dense"] == 1
     assert {phase.name: phase.waits for phase in result.phases}["fpn"] == 1
-    assert not any(place.startswith(("backbone", "rpn:", OPTIMIZER)) for place in result.waits)
+    assert not any(place.startswith(("backbone", "rpn:", UPDATE)) for place in result.waits)
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
@@ -175,11 +175,11 @@ def test_an_optimizers_counts_are_no_waits_on_a_cpu():
     # A fused one reads them on the host there, and on a GPU in its kernels; anything else in its phase is a wait.
     events = [
         event("user_annotation", PREFIX + STEP, 0, 100),
-        event("user_annotation", PREFIX + OPTIMIZER, 10, 50),
+        event("user_annotation", PREFIX + UPDATE, 10, 50),
         event("cpu_op", "aten::_local_scalar_dense", 20, 5),
         event("cpu_op", "aten::nonzero", 30, 5),
     ]
-    assert read_trace(events, on_gpu=False)[2] == {f"{OPTIMIZER}: aten::nonzero": 1}
+    assert read_trace(events, on_gpu=False)[2] == {f"{UPDATE}: aten::nonzero": 1}
 
 
 def test_the_table_of_a_gpu_names_it(profiled):

@@ -16,7 +16,7 @@ from mrcnn.data.shapes import ShapesDataset
 from mrcnn.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from mrcnn.loader import training_batches
 from mrcnn.modeling import MaskRCNN
-from mrcnn.optim import build_optimizer, build_schedule
+from mrcnn.optim import Update
 from mrcnn.resume import describe_data, initialise, restore, training_state
 from mrcnn.train import train
 
@@ -287,22 +287,21 @@ def test_optimizer_state_follows_the_layout_of_its_parameters(layouts, optimizer
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(6, 5, 1))
     saved = copy.deepcopy(model).to(memory_format=memory[layouts[0]])
 
-    def steps(model, optimizer, seed):
+    def steps(model, update, seed):
         torch.manual_seed(seed)
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape))
-            optimizer.step()
+            update()
 
-    before = build_optimizer(saved, config)
-    schedule = build_schedule(before, config)
+    before = Update(saved, config)
     steps(saved, before, 0)
-    state = copy.deepcopy(training_state(before, schedule, CPU))
+    state = copy.deepcopy(training_state(before, CPU))
     resumed = copy.deepcopy(saved).to(memory_format=memory[layouts[1]])
-    after = build_optimizer(resumed, config)
-    restore(state, after, build_schedule(after, config), CPU)
+    after = Update(resumed, config, start=3)
+    restore(state, after, CPU)
     for parameter in resumed.parameters():
-        tensors = [v for v in after.state[parameter].values() if v.shape == parameter.shape]
+        tensors = [v for v in after.optimizer.state[parameter].values() if v.shape == parameter.shape]
         assert tensors and all(v.stride() == parameter.stride() for v in tensors)
     steps(saved, before, 1)
     steps(resumed, after, 1)

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from forbid_sync import forbid_sync
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from model_inputs import FEW, shapes_batch
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import use_backend
@@ -98,6 +100,36 @@ def test_compiled_losses_and_gradients_are_the_eager_ones(device):
         torch.testing.assert_close(losses[name], loss, msg=name)
     for name, grad in expected_grads.items():
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+def test_what_forward_keeps_for_backward(device):
+    # The partitioner's graphs under bf16, as they go to the code generator. Backward holds the Triton ops' own nodes.
+    # Kept are half types, but for vectors and the ops' tables; every weight is scaled by its norm and cast once a step,
+    # not again in backward; and of the frozen stages nothing is kept.
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch.manual_seed(0)
+    model = MaskRCNN(dataclasses.replace(FEW, norm="frozen_bn", frozen_stages=2)).train().to(device)
+    batch = shapes_batch().to(device)
+    torch._dynamo.reset()
+    partition = min_cut_rematerialization_partition
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+    with use_backend("triton"), torch.autocast(device.type, torch.bfloat16):
+        losses = torch.compile(model, fullgraph=True, backend=backend)(batch.images, batch.sizes, batch.targets)
+    sum(losses.values()).backward()
+    _, backward = graphs
+    nodes = {str(node.target).split(".")[1] for node in backward.graph.nodes if str(node.target).startswith("kernels.")}
+    assert nodes == {"rpn_loss_rows_backward", "roi_align_backward", "mask_predictor_features", "mask_predictor_weight"}
+    kept = [node.meta["val"] for node in backward.graph.nodes if node.op == "placeholder"]
+    maps = [k for k in kept if k.ndim == 4 and k.is_floating_point() and k.numel() > 1024]
+    weights = [p for p in model.parameters() if p.ndim == 4 and p.numel() > 1024]
+    assert maps and all(k.dtype == torch.bfloat16 for k in maps), [(tuple(k.shape), k.dtype) for k in maps]
+    assert len(weights) > 20 and not any(k.dtype == torch.float32 and k.shape == w.shape for k in kept for w in weights)
+    assert max(k.shape[-1] * k.shape[-2] for k in maps if k.shape[0] == 2) == 16 * 16  # P2 and C2's output, no stem
 
 
 @pytest.mark.parametrize("option", OPTIONS)
