@@ -18,7 +18,7 @@ from .optim import Update
 # What a run reports and saves, and how fast it is; everything else decides what is learnt.
 MAY_CHANGE = (
     *("train.workers", "train.log_every", "train.eval_every", "train.save_every"),
-    *("train.skip_limit", "train.compile", "train.cuda_graphs"),
+    *("train.skip_limit", "train.compile", "train.fused_convs", "train.cuda_graphs"),
 )
 
 

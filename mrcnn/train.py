@@ -21,6 +21,7 @@ from .inference import evaluate
 from .loader import device_batches, training_batches
 from .modeling import MaskRCNN
 from .modeling.backbone import load_pretrained
+from .modeling.fused_conv import can_fuse, fuse_relus
 from .optim import learning_rate_factor
 from .resume import check_resumable, describe_data, initialise, restore, training_state
 from .run_log import NO_BEST, RunLog, summary_writer
@@ -82,6 +83,9 @@ def train(
     if device.type == "cuda":  # on a CPU channels_last convolutions are slower
         model = model.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = config.data.group_by_aspect  # of many shapes each would be tried out
+    if config.train.fused_convs:
+        reason = can_fuse(device)
+        on_note(f"not fused: {reason}" if reason else f"{fuse_relus(model)} convolutions with their ReLU")
     checkpoint = Checkpoint(model, config, dataset.class_names, dataset.category_ids, resume.step if resume else 0)
     step = TrainingStep(model.train(), config.train, start=checkpoint.step, on_note=on_note)
     if resume is not None:

@@ -116,6 +116,7 @@ class TrainConfig:
     clip_norm: float = 0.0  # largest gradient norm; 0 does not clip
     skip_limit: int = 10  # steps in a row that are left out for a gradient that is not finite, before the run ends
     compile: bool = False  # forward and losses by torch.compile, their backward with them
+    fused_convs: bool = False  # bias, residual and ReLU in the convolution's own pass, by cuDNN; on a GPU
     cuda_graphs: bool = False  # the whole step as one CUDA graph for each of the three shapes of batches
     log_every: int = 20
     eval_every: int = 0  # steps between evaluations; 0 evaluates at the end only

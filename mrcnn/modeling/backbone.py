@@ -53,13 +53,19 @@ class FoldedConv2d(nn.Conv2d):
         self.weight = conv.weight
         self._norm = (norm,)  # in a tuple: it is another module's child
 
+    @property
+    def norm(self) -> FrozenBatchNorm:
+        """The norm behind this convolution."""
+        return self._norm[0]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weights [C', C, k, k] and bias [C'] that do both."""
+        scale, shift = self.norm.affine()
+        return self.weight * scale[:, None, None, None], shift
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', H', W'], normalised."""
-        (norm,) = self._norm
-        if not norm.folded:
-            return super().forward(x)
-        scale, shift = norm.affine()
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        return self._conv_forward(x, *self.folded()) if self.norm.folded else super().forward(x)
 
 
 def fold_norms(module: nn.Module) -> None:

@@ -247,6 +247,20 @@ def test_a_run_does_not_end_in_a_step_that_was_left_out(bad_steps, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == 2
 
 
+def test_what_a_cpu_cannot_do_is_said_and_left_out(tmp_path):
+    # The run is the same one, to the last bit.
+    notes, weights = [], []
+    for number, changes in enumerate(([], ["train.fused_convs=true", "train.cuda_graphs=true"])):
+        config = small("data.group_by_aspect=true", *changes)
+        trained = train(ShapesDataset(4, 64), config, tmp_path / str(number), CPU, on_note=notes.append)
+        weights.append(list(trained.model.parameters()))
+    assert notes == [
+        "not fused: cuDNN's fused convolutions need a GPU",
+        "no CUDA graphs: CUDA graphs need a GPU",
+    ]
+    assert all(map(torch.equal, *weights))
+
+
 def test_a_model_of_nan_detects_nothing():
     # Its boxes must not reach an index or a native op that cannot take them.
     model = MaskRCNN(small().model).eval()
