@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .optim import learning_rate_factor
 from .resume import check_resumable, describe_data, initialise, restore, training_state
 from .run_log import NO_BEST, RunLog, summary_writer
 from .step import TrainingStep
+from .structures import Batch
 
 Dataset = CocoDataset | ShapesDataset
 
@@ -161,28 +163,31 @@ class _Run:
 
     def finish(self) -> None:
         """Take the steps that are left."""
-        start, log = self.checkpoint.step, self.log
-        if self.validation is not None and log.evaluated_step < start and self.is_evaluated(start):
+        start = self.checkpoint.step
+        if self.validation is not None and self.log.evaluated_step < start and self.is_evaluated(start):
             self.on_step(start, self.evaluate(start))  # the run was stopped between saving and this
         batches = training_batches(self.dataset, self.checkpoint.config, start, self.device.type == "cuda")
-        for step, batch in enumerate(device_batches(batches, self.device), start + 1):
-            losses = self.step(batch)
-            log.count(len(batch.image_ids), batch.replaced)
-            stopping = self.should_stop()
-            saving = stopping or self.is_evaluated(step) or step % self.settings.save_every == 0
-            metrics: dict = {}
-            if saving or step % self.settings.log_every == 0:
-                metrics = self.read(step, losses, ending=stopping or step == self.settings.steps)
-            if saving:
-                self.save(step)
-            if self.is_evaluated(step) and not stopping:  # else it is made up for when the run goes on
-                metrics |= self.evaluate(step)
-            self.on_step(step, metrics)
-            if stopping:
-                path = self.output / "checkpoint.pt"
-                raise TrainingStopped(
-                    f"stopped after step {step} of {self.settings.steps}: --resume goes on from {path}"
-                )
+        with closing(device_batches(batches, self.device)) as on_device:  # which ends the loader's workers
+            for step, batch in enumerate(on_device, start + 1):
+                self.take(step, batch)
+
+    def take(self, step: int, batch: Batch) -> None:
+        """Take a step, and do what is due after it."""
+        losses = self.step(batch)
+        self.log.count(len(batch.image_ids), batch.replaced)
+        stopping = self.should_stop()
+        saving = stopping or self.is_evaluated(step) or step % self.settings.save_every == 0
+        metrics: dict = {}
+        if saving or step % self.settings.log_every == 0:
+            metrics = self.read(step, losses, ending=stopping or step == self.settings.steps)
+        if saving:
+            self.save(step)
+        if self.is_evaluated(step) and not stopping:  # else it is made up for when the run goes on
+            metrics |= self.evaluate(step)
+        self.on_step(step, metrics)
+        if stopping:
+            path = self.output / "checkpoint.pt"
+            raise TrainingStopped(f"stopped after step {step} of {self.settings.steps}: --resume goes on from {path}")
 
     def read(self, step: int, losses: dict[str, Tensor], ending: bool) -> dict:
         """Metrics of a step, for which the host waits; FloatingPointError where the run has come to nothing."""

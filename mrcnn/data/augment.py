@@ -1,9 +1,16 @@
-"""Resizing and augmentation, all of it from torchvision.transforms.v2."""
+"""Resizing and augmentation as in torchvision.transforms.v2, and nearly all of it from there."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from kernels.mask_pool import mask_extents
 
 from ..errors import ConfigError
 
@@ -20,6 +27,50 @@ class _ShortestSize(v2.RandomShortestSize):
     def make_params(self, flat_inputs: list) -> dict:
         size = super().make_params(flat_inputs)["size"]
         return {"size": tuple(max(1, side) for side in size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(resize_masks(inpt.as_subclass(Tensor), params["size"]), like=inpt)
+        return super().transform(inpt, params)
+
+
+class _Sanitize(v2.SanitizeBoundingBoxes):
+    """v2.SanitizeBoundingBoxes without its copy of all masks where there is nothing to remove, as nearly always."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return inpt if params["valid"].all() else super().transform(inpt, params)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [n, h, w] on the CPU -> [n, *size] by nearest neighbours, pixel for pixel as torchvision's resize.
+
+    It looks at the objects' own rectangles alone: of a mask most is background, which is 0 before and after.
+    """
+    if tuple(masks.shape[1:]) == tuple(size):
+        return masks
+    rows, columns = (_nearest(old, new) for old, new in zip(masks.shape[1:], size, strict=True))
+    before = masks.numpy()
+    resized = np.zeros((len(masks), *size), before.dtype)
+    for mask, out, (x0, y0, x1, y1) in zip(before, resized, mask_extents(masks).tolist(), strict=True):
+        left, right = np.searchsorted(columns, (x0, x1))
+        top, bottom = np.searchsorted(rows, (y0, y1))
+        columns_first = mask[y0:y1].take(columns[left:right], axis=1)  # of a picture that grows the fewer rows
+        out[top:bottom, left:right] = columns_first.take(rows[top:bottom] - y0, axis=0)
+    return torch.from_numpy(resized)
+
+
+def _nearest(before: int, after: int) -> np.ndarray:
+    """The places of `before` that `after` places take by nearest neighbours, as torch rounds them."""
+    places = torch.arange(before, dtype=torch.float32)[None, None]
+    return torch.nn.functional.interpolate(places, size=after, mode="nearest")[0, 0].long().numpy()
+
+
+def resized_size(height: int, width: int, image_size: int, max_size: int) -> tuple[int, int]:
+    """(height, width) of an image at the largest scale of `build_transform`, rounded as v2.RandomShortestSize does."""
+    if not image_size:
+        return height, width
+    factor = min(image_size / min(height, width), max_size / max(height, width))
+    return max(1, int(height * factor)), max(1, int(width * factor))
 
 
 def build_transform(train: bool, image_size: int, max_size: int, augment: bool = True) -> v2.Transform:
@@ -55,6 +106,6 @@ def build_transform(train: bool, image_size: int, max_size: int, augment: bool =
     # Rounding can leave a box a fraction of a pixel outside; sanitizing would then remove the object.
     steps += [
         v2.ClampBoundingBoxes(),
-        v2.SanitizeBoundingBoxes(),
+        _Sanitize(),
     ]
     return v2.Compose(steps)

@@ -12,7 +12,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -24,7 +24,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import DataError
-from .rle import mask_api, segmentation_to_rle
+from .buckets import kind_of
+from .rle import decode_masks, mask_api, run_lengths, segmentation_to_rle
 
 NO_AREA, BAD_BOX = "box without area", "malformed box"
 EMPTY, MALFORMED = "empty segmentation", "malformed segmentation"
@@ -68,6 +69,8 @@ class CocoDataset(Dataset):
         crowds: number of crowd annotations.
         broken: file name -> how often it could not be read, where `skip_broken` (per process: what a
             DataLoader worker counts does not reach the main process, its warning does).
+        same_kind: whether only an image of the same kind (see buckets.py) takes a damaged one's place; set it for
+            batches that are grouped by kind.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class CocoDataset(Dataset):
         self.skipped: Counter[str] = Counter()
         self.broken: Counter[str] = Counter()
         self.crowds = 0
+        self.same_kind = False
         self._skipped_positions: set[int] = set()
 
         content = _load_json(self.annotations)
@@ -126,20 +130,49 @@ class CocoDataset(Dataset):
         Raises:
             DataError: the file is damaged or not of the size that the JSON says (unless `skip_broken`).
         """
-        first = range(len(self))[index]
-        for replaced in range(len(self)):
-            record = self._records[(first + replaced) % len(self)]
+        replaced = 0
+        for record in self._stand_ins(range(len(self))[index]):
             try:
-                image = _read_sized(self.images / record.file_name, record.height, record.width)
+                image = self.read(record)
             except DataError as error:
                 if not self.skip_broken:
                     raise
+                replaced += 1
                 self.broken[record.file_name] += 1
                 warnings.warn(f"{error} (the next image takes its place)", stacklevel=2)
                 continue
-            target = _target(record) | {"replaced": replaced}
+            target = self.target(record) | {"replaced": replaced}
             return self.transform(image, target) if self.transform else (image, target)
-        raise DataError(f"none of the {len(self)} images in {self.images} can be read.")
+        which = f"{kind_of(record.height, record.width)} " if self.same_kind else ""
+        raise DataError(f"none of the {replaced} {which}images in {self.images} can be read.")
+
+    def _stand_ins(self, index: int) -> Iterator[_Record]:
+        """The record `index` and, in the order in which they take its place, the others."""
+        kind = kind_of(self._records[index].height, self._records[index].width)
+        for later in range(len(self)):
+            record = self._records[(index + later) % len(self)]
+            if not self.same_kind or kind_of(record.height, record.width) == kind:
+                yield record
+
+    def read(self, record: _Record) -> tv_tensors.Image:
+        """Decode a record's file; DataError if it is damaged or not of the size that the JSON says."""
+        return _read_sized(self.images / record.file_name, record.height, record.width)
+
+    def target(self, record: _Record) -> dict:
+        """Decode a record's objects to the target described at __getitem__."""
+        return _target(record)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every image before any transform."""
+        return [(record.height, record.width) for record in self._records]
+
+    def object_sizes(self) -> Iterator[np.ndarray]:
+        """Of every image, float [n, 2]: height and width of the rectangles that its objects' pixels fill."""
+        for record in self._records:
+            size = [record.height, record.width]
+            rles = [{"size": size, "counts": counts} for counts in record.counts]
+            yield mask_api().toBbox(rles)[:, :1:-1] if rles else np.zeros((0, 2))
 
     def ground_truth(self) -> dict:
         """Load the JSON again, for an evaluator, without the annotations that were skipped.
@@ -262,32 +295,13 @@ def _box_and_counts(annotation: dict, height: int, width: int) -> tuple[tuple[fl
     try:
         rle = segmentation_to_rle(annotation["segmentation"], height, width)
         area = int(api.area(rle))
-        if isinstance(annotation["segmentation"], dict) and _run_total(rle["counts"]) != height * width:
+        if isinstance(annotation["segmentation"], dict) and run_lengths(rle["counts"]).sum() != height * width:
             raise ValueError("the RLE ends too early")  # only decoding would notice, and it is slow
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise _UnusableError(MALFORMED) from error
     if area == 0:
         raise _UnusableError(EMPTY)
     return box or _clip(api.toBbox(rle).tolist(), height, width), rle["counts"]
-
-
-def _run_total(counts: bytes) -> int:
-    """Sum of the run lengths in COCO's compressed string.
-
-    Each number is a little-endian sequence of 5-bit groups, bit 5 of a byte saying that another follows; from
-    the fourth on it is the difference to the run two before (cocoapi, maskApi.c, rleFrString).
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for byte in counts:
-        group = byte - 48
-        value |= (group & 31) << shift
-        shift += 5
-        if not group & 32:
-            value -= (group & 16) and (1 << shift)
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return sum(runs)
 
 
 def _clip(xywh: Sequence[float], height: int, width: int) -> tuple[float, float, float, float]:
@@ -331,11 +345,7 @@ def _read_sized(path: Path, height: int, width: int) -> tv_tensors.Image:
 def _target(record: _Record) -> dict:
     """Decode a record's objects to the target described at CocoDataset.__getitem__."""
     size = (record.height, record.width)
-    if record.counts:
-        decoded = mask_api().decode([{"size": list(size), "counts": counts} for counts in record.counts])
-        masks = torch.from_numpy(decoded.T).transpose(1, 2).contiguous()  # from column-major [h, w, n]
-    else:
-        masks = torch.zeros((0, *size), dtype=torch.uint8)
+    masks = torch.from_numpy(decode_masks(record.counts, *size))
     boxes = torch.tensor(record.boxes, dtype=torch.float32).reshape(-1, 4)
     return {
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from kernels import MaskPool
 from kernels.mask_pool import mask_extents
 
 from ..errors import ConfigError
 from ..structures import Batch, Targets
+from .buckets import DIVISOR, Bucket, kind_of, round_up
 
 
 class Collate:
@@ -21,7 +25,13 @@ class Collate:
     A class rather than a closure so that worker processes can be started by pickling it.
     """
 
-    def __init__(self, max_objects: int, size_divisor: int = 32, pad_to: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        max_objects: int,
+        size_divisor: int = DIVISOR,
+        pad_to: tuple[int, int] | None = None,
+        buckets: Mapping[str, Bucket] | None = None,
+    ) -> None:
         """Fix the shapes of the batches.
 
         Args:
@@ -29,6 +39,8 @@ class Collate:
             size_divisor: images are padded to multiples of it; 32 is the stride of the coarsest FPN input.
             pad_to: (height, width) of every batch, for shapes that never change; without it a batch is as
                 large as its largest image.
+            buckets: the shapes of a batch by the kind of its images, which are then all of one kind: instead of
+                pad_to.
 
         Raises:
             ConfigError: max_objects below 1, or a pad_to that size_divisor does not divide.
@@ -37,7 +49,7 @@ class Collate:
             raise ConfigError(f"max_objects must be at least 1, got {max_objects}.")
         if pad_to and any(side % size_divisor for side in pad_to):
             raise ConfigError(f"pad_to {tuple(pad_to)} must be divisible by {size_divisor}.")
-        self.max_objects, self.size_divisor, self.pad_to = max_objects, size_divisor, pad_to
+        self.max_objects, self.size_divisor, self.pad_to, self.buckets = max_objects, size_divisor, pad_to, buckets
         self._warned = False
 
     def __call__(self, samples: Sequence[tuple[Tensor, dict]]) -> Batch:
@@ -46,27 +58,40 @@ class Collate:
         Raises:
             ConfigError: an image is larger than `pad_to`.
             TypeError: an image is not uint8.
+            ValueError: there are `buckets`, and images of several kinds.
         """
         images, targets = zip(*samples, strict=True)
-        images = self._pad(images)
+        bucket = self._bucket(targets)
+        images = self._pad(images, bucket.size if bucket else self.pad_to)
         self._warn_if_too_many(targets)
+        batched = targets_from_lists(targets, self.max_objects, tuple(images.shape[-2:]))
+        if bucket:
+            batched.masks = _lengthen(batched.masks, bucket.pool_bytes)
         return Batch(
             images=images,
             sizes=torch.tensor([image.shape[-2:] for image, _ in samples], dtype=torch.int64),
             image_ids=[target["image_id"] for target in targets],
             original_sizes=[tuple(target["original_size"]) for target in targets],
-            targets=targets_from_lists(targets, self.max_objects, tuple(images.shape[-2:])),
+            targets=batched,
             replaced=sum(target.get("replaced", 0) for target in targets),
         )
 
-    def _pad(self, images: Sequence[Tensor]) -> Tensor:
+    def _bucket(self, targets: Sequence[dict]) -> Bucket | None:
+        if self.buckets is None:
+            return None
+        kinds = {kind_of(*target["original_size"]) for target in targets}
+        if len(kinds) > 1:
+            raise ValueError(f"a batch has images of one kind, got {', '.join(sorted(kinds))}")
+        return self.buckets[kinds.pop()]
+
+    def _pad(self, images: Sequence[Tensor], pad_to: tuple[int, int] | None) -> Tensor:
         if any(image.dtype != torch.uint8 for image in images):
             raise TypeError(f"images must be uint8, got {[image.dtype for image in images]}")
         largest = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
-        height, width = self.pad_to or [-(-s // self.size_divisor) * self.size_divisor for s in largest]
+        height, width = pad_to or [round_up(side, self.size_divisor) for side in largest]
         if largest[0] > height or largest[1] > width:
-            raise ConfigError(f"an image of {largest} pixels (height, width) does not fit pad_to {self.pad_to}.")
-        batch = images[0].new_zeros((len(images), 3, height, width))
+            raise ConfigError(f"an image of {largest} pixels (height, width) does not fit pad_to {pad_to}.")
+        batch = _shared_zeros((len(images), 3, height, width))
         for slot, image in zip(batch, images, strict=True):
             slot[:, : image.shape[-2], : image.shape[-1]] = image
         return batch
@@ -81,6 +106,24 @@ class Collate:
                     f"trained on, here and in other images; raise max_objects to train on all.",
                     stacklevel=3,
                 )
+
+
+def _shared_zeros(shape: tuple[int, ...]) -> Tensor:
+    """uint8 zeros; in a DataLoader's worker in shared memory, where the batch would else be copied once more."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does; the system's zeros
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _lengthen(pool: MaskPool, length: int) -> MaskPool:
+    """The pool with `length` bytes, or with a multiple of it where it is longer: what is added belongs to no object.
+
+    Longer are only batches in which images took the place of damaged ones.
+    """
+    held = len(pool.bitmaps)
+    missing = max(length, round_up(held, length)) - held
+    return dataclasses.replace(pool, bitmaps=torch.cat([pool.bitmaps, pool.bitmaps.new_zeros(missing)]))
 
 
 def targets_from_lists(

@@ -7,8 +7,9 @@ objects of one class lie against each other.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -104,6 +105,16 @@ class ShapesDataset(Dataset):
         }
         image = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1).contiguous())
         return self.transform(image, target) if self.transform else (image, target)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of every picture before any transform."""
+        return [(self.image_size, self.image_size)] * self.length
+
+    def object_sizes(self) -> Iterator[np.ndarray]:
+        """Of every picture, float [n, 2]: more and larger objects than it has, which only drawing it would tell."""
+        most = np.full((self.max_objects, 2), float(self.image_size))
+        return itertools.repeat(most, self.length)
 
     def ground_truth(self) -> dict:
         """Every picture's objects as a COCO dict with RLE masks, at the size before any transform."""

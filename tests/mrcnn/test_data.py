@@ -12,10 +12,12 @@ import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.ops import box_iou, masks_to_boxes
+from torchvision.transforms import v2
 
-from mrcnn.data.augment import build_transform
+from mrcnn.data import augment
+from mrcnn.data.augment import build_transform, resize_masks
 from mrcnn.data.collate import Collate, targets_from_lists
-from mrcnn.data.rle import mask_api
+from mrcnn.data.rle import decode_masks, mask_api, run_lengths
 from mrcnn.data.shapes import KINDS, ShapesDataset, _shape_mask
 from mrcnn.errors import ConfigError
 
@@ -142,6 +144,94 @@ def test_transform_keeps_objects_at_the_border():
     for width in range(61, 91):
         _, target = build_transform(False, 97, 1000)(*sample([[3, 3, width, 60]], width=width))
         assert target["labels"].tolist() == [1]
+
+
+def test_masks_are_resized_as_by_torchvision():
+    """Only the objects' rectangles are looked at: growing, shrinking and keeping, to one pixel and from one; masks that
+    are empty, full, at the edges, in two far parts, and of values other than 0 and 1."""
+    generator = np.random.default_rng(0)
+    sizes = [
+        (1, 1),
+        (1, 90),
+        (90, 1),
+        (7, 5),
+        (37, 61),
+        (61, 37),
+        (64, 64),
+        (97, 31),
+        (100, 149),
+        (149, 101),
+        (160, 213),
+    ]
+    for before in sizes:
+        masks = torch.from_numpy((generator.random((6, *before)) < 0.02).astype(np.uint8)) * 255
+        masks[0], masks[1], masks[2] = 0, 1, 0
+        masks[2, -1, -1] = masks[2, 0, 0] = 7
+        for after in sizes:
+            expected = v2.functional.resize(tv_tensors.Mask(masks), list(after)).as_subclass(torch.Tensor)
+            assert torch.equal(resize_masks(masks, after), expected), (before, after)
+    assert resize_masks(torch.zeros(0, 4, 6, dtype=torch.uint8), (8, 9)).shape == (0, 8, 9)
+
+
+@pytest.mark.parametrize("vanishing", [False, True])
+def test_training_transform_is_torchvisions(monkeypatch, vanishing):
+    """With torchvision's own steps in place of ours, which only save copies: the same bits from the same seed."""
+    boxes = [[8, 12, 40, 48], [50, 0, 80, 5], [3, 50, 79, 60]] + [[20, 20, 20.5, 21]] * vanishing
+    ours = build_transform(True, 90, 110)
+    monkeypatch.setattr(augment, "_ShortestSize", v2.RandomShortestSize)
+    monkeypatch.setattr(augment, "_Sanitize", v2.SanitizeBoundingBoxes)
+    theirs = build_transform(True, 90, 110)
+    original = sample(boxes)
+    original[1]["masks"][:, ::3, ::2] = 0
+    for seed in range(12):
+        results = []
+        for transform in (ours, theirs):
+            torch.manual_seed(seed)
+            results.append(transform(*original))
+        (image, target), (expected_image, expected) = results
+        assert torch.equal(image, expected_image) and len(target["labels"]) == 3
+        for key in ("boxes", "labels", "masks"):
+            assert type(target[key]) is type(expected[key]) and torch.equal(target[key], expected[key])
+        assert target["boxes"].canvas_size == expected["boxes"].canvas_size == tuple(image.shape[1:])
+
+
+@needs_coco
+def test_run_lengths_become_the_masks_that_cocos_decoder_gives():
+    """Long runs and short ones, none, all; the first and last pixel; images of one row and one column; two parts."""
+    generator = np.random.default_rng(0)
+    for height, width in ((1, 1), (1, 40), (40, 1), (23, 57), (300, 200)):
+        masks = [generator.random((height, width)) < share for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999, 1)]
+        masks += [np.zeros((height, width), bool) for _ in range(3)]
+        masks[-1][-1, -1] = masks[-2][0, 0] = True
+        masks[-3][[0, -1], [0, -1]] = True
+        rles = [mask_api().encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
+        found = decode_masks([rle["counts"] for rle in rles], height, width)
+        assert found.dtype == np.uint8 and np.array_equal(found, np.stack(masks))
+    assert decode_masks([], 4, 5).shape == (0, 4, 5)
+    with pytest.raises(ValueError, match="not of 300 x 201 pixels"):
+        decode_masks([rles[0]["counts"]], 300, 201)
+
+
+@pytest.mark.parametrize("string", [b"", b"a", b"1a", b"a" * 12 + b"1"], ids=["empty", "open", "breaks off", "endless"])
+def test_malformed_run_lengths_are_refused(string):
+    """Bit 5 of a byte promises another; 12 groups of 5 bits are more than any image's pixels need."""
+    with pytest.raises(ValueError, match=r"breaks off|too long"):
+        run_lengths(string)
+
+
+@needs_coco
+def test_any_string_that_is_taken_decodes_as_cocos_own():
+    """Of random strings few are masks; those that are taken, signs and all, must be the same ones."""
+    generator, taken = np.random.default_rng(1), 0
+    for _ in range(20000):
+        string = bytes(generator.integers(48, 96, generator.integers(2, 6)).astype(np.uint8))
+        try:
+            found = decode_masks([string], 3, 4)
+        except ValueError:
+            continue
+        taken += 1
+        assert np.array_equal(found[0], mask_api().decode({"size": [3, 4], "counts": string}))
+    assert taken > 20
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
 
 from mrcnn.data.rle import crops_to_rle, mask_api, masks_to_rle
-from mrcnn.modeling import detections
-from mrcnn.modeling.detections import Detections
+from mrcnn.modeling import mask_runs
+from mrcnn.modeling.detections import ImageDetections
 
 
 def check(crops, corners, size):
@@ -63,13 +63,13 @@ def found(number, size, share):
     corner = torch.rand(number, 2) * extent * 0.9
     boxes = torch.cat([corner, corner + 1 + torch.rand(number, 2) * extent * share], dim=1)
     boxes[0], boxes[-1] = torch.tensor([-5, -5, size[1] + 5, size[0] + 5]), float("nan")
-    return Detections(boxes, torch.ones(number).long(), torch.rand(number), torch.rand(number, 28, 28))
+    return ImageDetections(boxes, torch.ones(number).long(), torch.rand(number), torch.rand(number, 28, 28))
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 1000, 1 << 24])
 def test_detections_pack_what_they_paste(at_once, monkeypatch):
     # Masks one column at a time, in strips, some at a time, all at once: those of the dense masks.
-    monkeypatch.setattr(detections, "PIXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(mask_runs, "PIXELS_AT_ONCE", at_once)
     ours = found(6, (37, 45), 0.6)
     pasted, packed = (ours.on_original((37, 45), (50, 90), rle=rle)["masks"] for rle in (False, True))
     assert pasted.any() and not pasted[-1].any()
@@ -91,7 +91,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_does_not_grow_with_image_or_number(monkeypatch):
     # 300 masks of 24 megapixels are 7.2 GB, one is 24 MB; here a chunk is 1 MiB, and the little that is held for each
     # pixel of it, in PyTorch or NumPy, is all there is.
-    monkeypatch.setattr(detections, "PIXELS_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(mask_runs, "PIXELS_AT_ONCE", 1 << 20)
     size = (4000, 6000)
     ours = found(300, size, 0.02)
     tracemalloc.start()
