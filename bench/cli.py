@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import typer
 
 from .mask_study.command import Device, mask_study
 from .resources.command import resources
+from .step.command import step
 from .step_profile.command import profile
 
 app = typer.Typer(
@@ -28,6 +30,7 @@ app = typer.Typer(
 app.command()(resources)
 app.command("mask-study")(mask_study)
 app.command()(profile)
+app.command()(step)
 ROOT = Path(__file__).resolve().parents[1]
 
 Log = Annotated[Path | None, typer.Option(help="Also write the output to this file, as it comes.")]
@@ -211,6 +214,43 @@ def overhead(
 
 
 @app.command()
+def loader(
+    images: Annotated[Path | None, typer.Option(help="Folder of the images; without it a set is made up.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO instances JSON.")] = None,
+    workers: Annotated[
+        list[int] | None, typer.Option(min=0, show_default="0, 1, 2, 4, ... cores", help="May be repeated.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 16,
+    image_size: Annotated[int, typer.Option(min=0, help="Shorter side after resizing.")] = 800,
+    max_size: Annotated[int, typer.Option(min=1, help="Longer side at most.")] = 1333,
+    grouped: Annotated[bool, typer.Option("--grouped/--mixed", help="As data.group_by_aspect.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Batches of each worker that are timed.")] = 4,
+    made_up: Annotated[int, typer.Option(min=1, help="Images of the made-up set.")] = 96,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures to this JSON file.")] = None,
+) -> None:
+    """Measure how many images a second the loader alone delivers, by workers, and where an image's time goes.
+
+    The made-up set is JPEG files of COCO's usual size, 640 x 480 and 480 x 640. The figures are of this machine's CPU.
+    """
+    from rich.console import Console
+
+    from mrcnn.errors import ConfigError, DataError
+
+    from .loader_rate import measure_named
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no width
+        console.width = max(console.width, 100)
+    try:
+        settings = (batch, image_size, max_size, grouped, rounds, made_up)
+        measure_named(images, annotations, workers, *settings, out, console)
+    except (ConfigError, DataError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or out}: {error.strerror or error}.")
+
+
+@app.command()
 def predict() -> None:
     """Predict from counts, without a GPU, what the kernels take in training; nothing is measured.
 
@@ -227,6 +267,68 @@ def predict() -> None:
     console = Console(highlight=False)
     console.width = max(console.width, 124)  # a pipe's 80 would cut figures off
     console.print(table)
+
+
+@app.command("step-roofline")
+def step_roofline(
+    config: Annotated[
+        str, typer.Option(help="A name that `mrcnn train` knows, or a .toml or .json file.")
+    ] = "torchvision",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value; may be repeated.")
+    ] = None,
+    image_size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="800 is a square.")] = "800x1344",
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images a step.")] = 12,
+    training: Annotated[bool, typer.Option("--training/--inference", help="A training step or detection.")] = True,
+    objects: Annotated[int, typer.Option(min=1, help="Ground-truth slots an image.")] = 16,
+    efficiency: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, max=1.0, show_default="1.0 0.7 0.57", help="Of products; may be repeated."),
+    ] = None,
+    matrix: Annotated[float, typer.Option(min=1.0, help="TFLOP/s of large bf16 products.")] = 790.0,
+    dram: Annotated[float, typer.Option(min=0.01, help="TB/s of a copy.")] = 4.3,
+    pcie: Annotated[float, typer.Option(min=0.1, help="GB/s from the host.")] = 55.0,
+    kernel_us: Annotated[float, typer.Option("--kernel", min=0.0, help="Microseconds that a kernel costs.")] = 2.0,
+    target: Annotated[float, typer.Option(min=0.1, help="Images/s to hold the step against.")] = 180.0,
+    count_kernels: Annotated[
+        bool, typer.Option("--count-kernels/--bytes-only", help="Compile our ops' kernels and count: half a minute.")
+    ] = True,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer; the page has them anyway.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write prediction.json and README.md to this folder.")] = None,
+) -> None:
+    """Predict from counts, without a GPU, what a step takes layer by layer on an H200; nothing is measured."""
+    from rich.console import Console
+
+    from mrcnn.config import load_config, validate
+    from mrcnn.errors import ConfigError
+    from mrcnn.summary import parse_image_size
+
+    from .roofline import Rates, predict_step
+    from .roofline_ops import own_times
+    from .roofline_report import headline, rich_table, sheets, verdict, write_prediction
+
+    rates = Rates(matrix * 1e12, tuple(efficiency or Rates.efficiencies), Rates.fp32_matrix, dram * 1e12,
+                  kernel_us * 1e-6, pcie * 1e9, target)  # fmt: skip
+    try:
+        resolved, size = validate(load_config(config, set_ or [])), parse_image_size(image_size)
+        own = own_times(resolved.model, size, batch, objects, training) if count_kernels else ({}, "")
+        result = predict_step(resolved, size, batch, training, objects, rates, own)
+    except ConfigError as error:
+        _fail(f"{error}.")
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no width
+        console.width = max(console.width, 240 if layers else 150)
+    for part in (headline(result), verdict(result), *map(rich_table, sheets(result, layers))):
+        console.print(part)
+    for assumption in rates.assumptions:
+        console.print(f"- {assumption}")
+    if out is None:
+        return
+    try:
+        for path in write_prediction(result, out, shlex.join(["mrcnn-bench", *sys.argv[1:]])):
+            console.print(f"wrote {path}")
+    except OSError as error:
+        _fail(f"{out} cannot be written: {error.strerror or error}.")
 
 
 @app.command()

@@ -100,7 +100,7 @@ class GraphedCalls:
             if not watched or "synchroniz" not in str(error):
                 raise
             torch.cuda.set_sync_debug_mode("default")
-            self._give_up(f"the host waits for the device ({_first_line(error)})")
+            self._give_up(f"the host waits for the device ({first_line(error)})")
             outputs = self.function(shape.batch.batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -116,7 +116,7 @@ class GraphedCalls:
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own where it cannot end the capture
             torch.cuda.synchronize()
-            self._give_up(f"capturing failed ({_first_line(error.__context__ or error)})")
+            self._give_up(f"capturing failed ({first_line(error.__context__ or error)})")
             return self.function(shape.batch.batch)
         shape.graph = graph
         graph.replay()  # capturing computed nothing
@@ -182,5 +182,11 @@ def _on_gpu(batch: Batch) -> bool:
     return batch.images.is_cuda
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether torch.compile failed, and not what it compiled."""
+    return isinstance(error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit))
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, whose rest may fill pages."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

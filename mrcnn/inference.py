@@ -1,4 +1,4 @@
-"""Running a model over a data set: detections on the original images, COCO metrics."""
+"""Running a model: detections of a batch, on the original images, COCO metrics of a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .config import Config
@@ -16,7 +15,9 @@ from .data.coco import CocoDataset
 from .data.collate import Collate
 from .data.shapes import ShapesDataset
 from .evaluation import detections_to_coco, evaluate_detections
+from .graphs import GraphedCalls, first_line, is_compiler_error
 from .modeling import MaskRCNN
+from .modeling.detections import Detections
 from .structures import Batch
 
 
@@ -25,20 +26,66 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+class Detector:
+    """A model as a function from batches to detections, in evaluation mode: fixed shapes, and nothing that waits.
+
+    Compiled or captured it is for images of one size (`Collate(pad_to=...)`), or of a few: each shape of batches is
+    compiled and captured for itself. The weights may change where they are; the model's configuration may not.
+    """
+
+    def __init__(
+        self,
+        model: MaskRCNN,
+        *,
+        compile: bool = False,
+        cuda_graphs: bool = False,
+        on_note: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        """Prepare; compiling and capturing begin with the first calls.
+
+        Args:
+            model: on its device; put into evaluation mode.
+            compile: with torch.compile, as one graph for each of at most eight shapes.
+            cuda_graphs: see `GraphedCalls`.
+            on_note: gets a sentence about what cannot be had, as graphs on a CPU, and is then left out.
+        """
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self._model = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self._on_note = on_note
+        self._call = GraphedCalls(self._detect, on_note=on_note) if cuda_graphs else self._detect
+
+    def __call__(self, batch: Batch) -> Detections:
+        """What is found, on the model's device; targets are not looked at.
+
+        With `cuda_graphs` the next call writes into the same tensors: copy what is to be kept.
+        """
+        bare = Batch(batch.images, batch.sizes, image_ids=[], original_sizes=[])  # no more than is copied to the device
+        return self._call(bare.to(self.device, non_blocking=True))
+
+    def _detect(self, batch: Batch) -> Detections:
+        with torch.no_grad(), autocast(self.device):
+            try:
+                return self._model(batch.images, batch.sizes)
+            except Exception as error:
+                if self._model is self.model or not is_compiler_error(error):
+                    raise
+                self._on_note(f"not compiled: {first_line(error)}")
+                self._model = self.model
+                return self.model(batch.images, batch.sizes)
+
+
 @torch.no_grad()
-def detect(model: MaskRCNN, batch: Batch, rle: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def detect(model: MaskRCNN | Detector, batch: Batch, rle: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """(image id, boxes, labels, scores and masks on the original image, on the CPU) of each image.
 
-    Masks are bool [n, H, W], or with `rle` n COCO RLE dictionaries: then none is formed at the image's size.
+    Masks are bool [n, H, W], or with `rle` n COCO RLE dictionaries: then none is formed at the image's size. The host
+    waits for the device once for the boxes, labels and scores of all images, and for the masks of each. A `model` is
+    put into evaluation mode.
     """
-    device = next(model.parameters()).device
-    batch = batch.to(device, non_blocking=True)
-    with autocast(device):
-        found = model(batch.images, batch.sizes)
-    for i, detections in enumerate(found):
-        size = tuple(batch.sizes[i].tolist())
-        result = detections.on_original(size, batch.original_sizes[i], rle=rle)
-        yield batch.image_ids[i], {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
+    found = (model if isinstance(model, Detector) else Detector(model))(batch)
+    results = found.on_originals(batch.sizes.tolist(), batch.original_sizes, rle=rle)
+    yield from zip(batch.image_ids, results, strict=True)
 
 
 def evaluation_loader(dataset: Dataset, config: Config) -> DataLoader:

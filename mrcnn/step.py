@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .graphs import GraphedCalls
+from .graphs import GraphedCalls, first_line, is_compiler_error
 from .inference import autocast
 from .modeling import MaskRCNN
 from .optim import Update
@@ -62,7 +62,7 @@ class TrainingStep:
         except Exception as error:
             if self._compiled is None or not is_compiler_error(error):
                 raise
-            self.on_note(f"not compiled: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            self.on_note(f"not compiled: {first_line(error)}")
             self._compiled = None
             losses = self._gradients(batch)
         with self.phase("update"):
@@ -81,8 +81,3 @@ class TrainingStep:
         with self.phase("backward"):
             sum(losses.values()).backward()
         return {name: loss.detach() for name, loss in losses.items()}
-
-
-def is_compiler_error(error: BaseException) -> bool:
-    """Whether torch.compile failed, and not what it compiled."""
-    return isinstance(error, (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit))

@@ -17,11 +17,10 @@ from mrcnn.evaluation import detections_to_coco, evaluate_detections
 from mrcnn.inference import autocast, detect, evaluation_loader
 from mrcnn.loader import training_batches
 from mrcnn.modeling import MaskRCNN
-from mrcnn.modeling.detections import Detections
+from mrcnn.modeling.detections import ImageDetections
 from mrcnn.modeling.mask_losses import mask_probabilities
-from mrcnn.optim import build_optimizer, build_schedule
+from mrcnn.step import TrainingStep
 from mrcnn.structures import Batch
-from mrcnn.train import training_step
 
 from .arms import JUMP_CAP, JUMP_WINDOW, SHEET_IMAGES, THRESHOLD, THRESHOLDS, held_out_set, training_set
 from .merging import Tally, match
@@ -62,12 +61,10 @@ def train_arm(
     train = config.train
     torch.manual_seed(train.seed)
     model = MaskRCNN(config.model).to(device).train()
-    optimizer = build_optimizer(model, train)
-    schedule = build_schedule(optimizer, train)
+    step = TrainingStep(model, train)
     totals, masks = [], []
     for batch in training_batches(training_set(config), config):
-        losses = training_step(model, batch.to(device, non_blocking=True), optimizer, train.clip_norm)
-        schedule.step()
+        losses = step(batch.to(device, non_blocking=True))
         totals.append(sum(losses.values()))
         masks.append(losses["loss_mask"])
         on_step()
@@ -144,7 +141,7 @@ def given_masks(model: MaskRCNN, batch: Batch) -> list[dict[float, Tensor]]:
         masks = mask_probabilities(model.mask_head, features, torch.cat(labels), model.config.mask_loss).split(counts)
     pasted = []
     for i, size in enumerate(batch.sizes.tolist()):
-        detections = Detections(boxes[i], labels[i], boxes[i].new_ones(counts[i]), masks[i])
+        detections = ImageDetections(boxes[i], labels[i], boxes[i].new_ones(counts[i]), masks[i])
         size = tuple(size)
         pasted.append({t: detections.on_original(size, size, t)["masks"].cpu() for t in THRESHOLDS})
     return pasted

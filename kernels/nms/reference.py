@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..box_iou.reference import box_iou
@@ -39,15 +40,19 @@ def nms_mask(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | No
     """See `op.nms_mask`: [G, n, 4] fp32, [G, n] bool, integers [G, n] or None -> [G, n] bool.
 
     Greedy NMS is the fixed point of "kept unless a kept, better box overlaps me": the first i boxes are settled
-    after i rounds, and all should be after a few.
+    after i rounds, and all should be after a few. Boxes behind the last valid one of all groups are not compared.
     """
+    number, (found,) = valid.shape[1], valid.any(dim=0).nonzero(as_tuple=True)
+    last = int(found[-1]) + 1 if len(found) else 0
+    boxes, valid = boxes[:, :last], valid[:, :last]
     suppresses = (box_iou(boxes, boxes) > round_down(threshold)).triu_(1)  # [G, better, worse]
     if groups is not None:
+        groups = groups[:, :last]
         suppresses &= groups[:, :, None] == groups[:, None, :]
     keep = valid
-    for _ in range(boxes.shape[1]):
+    for _ in range(last):
         settled = valid & ~(suppresses & keep[:, :, None]).any(dim=1)
         if torch.equal(settled, keep):
             break
         keep = settled
-    return keep.clone()  # never the caller's own `valid`
+    return F.pad(keep, (0, number - last))  # a copy in any case, never the caller's own `valid`

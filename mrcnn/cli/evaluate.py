@@ -59,7 +59,7 @@ def evaluate(
     loaded.config = dataclasses.replace(loaded.config, train=settings)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    loaded.model.config = dataclasses.replace(loaded.model.config, max_detections=max_dets)
+    loaded.model.configure(max_detections=max_dets)
     with progress_bar() as bar, use_backend(ops):
         task = bar.add_task("evaluating", total=len(dataset), status="")
         results = evaluate_model(loaded.model, dataset, loaded.config, max_dets, lambda n: bar.advance(task, n))

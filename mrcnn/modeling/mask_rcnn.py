@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
@@ -72,10 +71,8 @@ class MaskRCNN(nn.Module):
             if isinstance(getattr(module, "config", None), ModelConfig):
                 module.config = config
 
-    def forward(
-        self, images: Tensor, sizes: Tensor, targets: Targets | None = None
-    ) -> dict[str, Tensor] | list[Detections]:
-        """Losses by name where there are targets, else the detections of each image.
+    def forward(self, images: Tensor, sizes: Tensor, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
+        """Losses by name where there are targets, else the detections of all images, in fixed shapes.
 
         Args:
             images: [B, 3, H, W], uint8 RGB or floats already normalised; H and W divisible by 32.
@@ -99,18 +96,17 @@ class MaskRCNN(nn.Module):
         losses |= self.box_loss(*self.box_head(pooled), rois, targets)
         return losses | self.mask_loss(self.mask_head(pooled_positives), self.mask_head, positives, targets)
 
-    def detect(self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, sizes: Tensor) -> list[Detections]:
-        """Detections of each image from its proposals [B, N, 4]."""
+    def detect(self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, sizes: Tensor) -> Detections:
+        """Detections from the images' proposals [B, N, 4]. Empty slots go through the mask branch too: fixed shapes."""
         (pooled,) = self.pooler(features, [proposals], [self.config.box_pool_size])
         logits, deltas = self.box_head(pooled)
         shape = proposals.shape[:2]
         selected = self.box_selection(logits.unflatten(0, shape), deltas.unflatten(0, shape), proposals, valid, sizes)
-        rois = torch.cat([F.pad(boxes, (1, 0), value=i) for i, (boxes, _, _) in enumerate(selected)])
-        (pooled,) = self.pooler(features, [rois], [self.config.mask_pool_size])
-        labels = torch.cat([label for _, label, _ in selected])
-        masks = mask_probabilities(self.mask_head, self.mask_head(pooled), labels, self.config.mask_loss)
-        split = masks.split([len(label) for _, label, _ in selected])
-        return [Detections(*found, of_image) for found, of_image in zip(selected, split, strict=True)]
+        boxes, labels, scores, count = selected
+        (pooled,) = self.pooler(features, [boxes], [self.config.mask_pool_size])
+        masks = mask_probabilities(self.mask_head, self.mask_head(pooled), labels.flatten(), self.config.mask_loss)
+        masks = torch.where(labels[..., None, None] > 0, masks.unflatten(0, labels.shape), 0.0)
+        return Detections(boxes, labels, scores, masks, count)
 
 
 class Normalize(nn.Module):

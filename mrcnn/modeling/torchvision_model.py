@@ -114,6 +114,6 @@ class TorchvisionMaskRCNN(nn.Module):
             return {self.LOSSES[name]: value for name, value in losses.items()}
         results = [
             {"boxes": d.boxes, "labels": d.labels, "scores": d.scores, "masks": d.masks[:, None]}
-            for d in self.model(batch.tensors, sizes)
+            for d in self.model(batch.tensors, sizes).by_image()
         ]
         return self.transform.postprocess(results, batch.image_sizes, original_sizes)

@@ -14,8 +14,8 @@ ANCHORS = (
     "tensors. The box head and the mask head do not: they work on RoIs."
 )
 DETECTIONS = (
-    "Detections: how many there are depends on the image. Shown is the largest number, model.max_detections, for one "
-    "image; the mask head sees those of all images."
+    "Detections: model.max_detections slots an image, or as many as there can be. How many of them it fills depends on "
+    "the image (count); the mask head computes all."
 )
 CHANNELS = {
     "bce": "each a binary classifier of its pixels (sigmoid). Computed and supervised: that of the RoI's class alone.",

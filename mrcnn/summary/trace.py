@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import HAS_TRITON, MaskPool, use_backend
 from kernels.runtime import record_launches
 
-from ..config import Config, ModelConfig
+from ..config import Config
 from ..errors import ConfigError
 from ..modeling import MaskRCNN
 from ..structures import Targets
 from .notes import write_notes
 from .record import Stage, Summary
-from .watch import AT_MOST, stage_of, watch_stages
+from .watch import stage_of, watch_stages
 
 STRIDE = 32  # of the coarsest map that the backbone makes: batches are padded to multiples of it
 
@@ -40,7 +40,7 @@ def summarize(
         config: of which the section `model` counts.
         size: (height, width) of the images, padded here to multiples of 32 as batches are.
         batch: images.
-        training: with losses and their gradients; else detection, with as many detections as there can be.
+        training: with losses and their gradients; else detection.
         objects: ground-truth slots an image.
 
     Raises:
@@ -54,8 +54,6 @@ def summarize(
         model = MaskRCNN(config.model).train(training)
         targets = _targets(batch, objects, (height, width)) if training else None
         images, sizes = torch.zeros(batch, 3, height, width, dtype=torch.uint8), torch.zeros(batch, 2).long()
-        if not training:
-            model.box_selection = _AtMost(config.model)
         try:
             with watch_stages(model, counter) as stages, torch.set_grad_enabled(training):
                 result = model(images, sizes, targets)
@@ -66,7 +64,7 @@ def summarize(
             sum(result.values()).backward()
         else:
             rest = forward - sum(stage.flops for stage in stages)  # of the mask channels that detections need
-            stages.append(dataclasses.replace(stage_of("detections", result[0], note=AT_MOST), flops=rest))
+            stages.append(dataclasses.replace(stage_of("detections", result), flops=rest))
         backward = counter.get_total_flops() - forward
     stages.insert(0, _input(images, sizes, targets))
     notes = write_notes(config.model, training)
@@ -96,19 +94,3 @@ def _targets(batch: int, objects: int, padded_size: tuple[int, int]) -> Targets:
         count=torch.zeros(batch, dtype=torch.int32),
         masks=pool,
     )
-
-
-class _AtMost(nn.Module):
-    """Stands for BoxSelection, whose results' number depends on the data: as many as there can be."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(
-        self, logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor, sizes: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Arguments and results as BoxSelection's."""
-        batch, number, classes = logits.shape
-        n = min(self.config.max_detections, number * (classes - 1))
-        return [(logits.new_zeros(n, 4), logits.new_zeros(n).long(), logits.new_zeros(n)) for _ in range(batch)]

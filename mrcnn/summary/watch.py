@@ -24,10 +24,9 @@ OUTPUTS = {
     "proposals": ("boxes", "valid"),
     "pooler": ("pooled", "pooled for masks"),
     "box_head": ("logits", "deltas"),
-    "box_selection": ("boxes", "labels", "scores"),
+    "box_selection": ("boxes", "labels", "scores", "count"),
     "mask_head": ("features",),
 }
-AT_MOST = "at most"  # note of a tensor whose number of rows depends on the image
 
 
 @contextmanager
@@ -39,8 +38,7 @@ def watch_stages(model: MaskRCNN, counter: FlopCounterMode) -> Iterator[list[Sta
             if name in OUTPUTS or (name not in ("", "backbone") and "." not in name):
                 hooks.enter_context(module.register_forward_pre_hook(watcher.enter))
                 hooks.enter_context(module.register_forward_hook(partial(watcher.leave, name)))
-        for name in ("objectness", "deltas"):
-            hooks.enter_context(getattr(model.rpn, name).register_forward_hook(partial(watcher.level, name)))
+        hooks.enter_context(model.rpn.joined.register_forward_hook(watcher.level))
         yield watcher.stages
 
 
@@ -51,24 +49,25 @@ class _Watcher:
         self.counter = counter
         self.stages: list[Stage] = []
         self.of_anchors: list[Any] = []  # the anchors, and what there is one of for each of them
-        self.maps: list[NamedTensor] = []  # of the RPN, level by level, before they are joined
+        self.maps: list[NamedTensor] = []  # of the RPN, level by level, before the levels are joined
         self.before = 0
 
     def enter(self, module: nn.Module, args: tuple) -> None:
         """A part is about to be called."""
         self.before = self.counter.get_total_flops()
 
-    def level(self, name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
-        """The RPN has made the `name` map of its next level."""
-        level = 2 + sum(tensor.name.startswith(name) for tensor in self.maps)
-        self.maps.append(NamedTensor(f"{name} P{level}", tuple(out.shape)))
+    def level(self, module: nn.Module, args: tuple, out: list[Tensor]) -> None:
+        """The RPN has made both maps of its next level."""
+        names = ("objectness", "deltas")
+        level = 2 + len(self.maps) // len(names)
+        self.maps += [NamedTensor(f"{name} P{level}", tuple(t.shape)) for name, t in zip(names, out, strict=True)]
 
     def leave(self, name: str, module: nn.Module, args: tuple, out: Any) -> None:
         """A part has returned `out`."""
         returned = _named(name, out)
         if name in ("rpn", "anchors"):
             self.of_anchors += [out, *returned.values()]
-        stage = stage_of(name, out, note=AT_MOST if name == "box_selection" else "")
+        stage = stage_of(name, out)
         parameters = list(module.parameters())
         self.stages.append(
             dataclasses.replace(
@@ -84,7 +83,7 @@ class _Watcher:
     def inside(self, name: str, module: nn.Module, args: tuple, out: Any) -> list[NamedTensor]:
         """Tensors that a part makes and does not return."""
         if name == "rpn":
-            return sorted(self.maps, key=lambda tensor: tensor.name[-2:])
+            return self.maps
         if name == "anchors":
             levels = [
                 NamedTensor(f"P{level}", (number, 4), f"{'x'.join(map(str, feature.shape[-2:]))}x{module.per_cell}")
@@ -97,9 +96,9 @@ class _Watcher:
         return []
 
 
-def stage_of(name: str, out: Any, note: str = "") -> Stage:
+def stage_of(name: str, out: Any) -> Stage:
     """A stage that returned `out`, without its weights."""
-    tensors = [NamedTensor(key, tuple(tensor.shape), note) for key, tensor in _named(name, out).items()]
+    tensors = [NamedTensor(key, tuple(tensor.shape)) for key, tensor in _named(name, out).items()]
     return Stage(name, tensors)
 
 
@@ -109,8 +108,6 @@ def _named(name: str, out: Any) -> dict[str, Tensor]:
         out = vars(out)
     if isinstance(out, dict):
         return {key: value for key, value in out.items() if isinstance(value, Tensor)}
-    if name == "box_selection":
-        out = out[0]  # of the first image
     values = [out] if isinstance(out, Tensor) else [value for value in out if isinstance(value, Tensor)]
     names = OUTPUTS.get(name, ())
     return {names[i] if i < len(names) else f"output {i}": value for i, value in enumerate(values)}

@@ -109,6 +109,21 @@ def test_evaluate_prints_and_writes(trained, coco, tmp_path, capsys):
     assert "is below 0.99" in capsys.readouterr().err
 
 
+def test_max_dets_are_taken_from_the_model(trained, coco, monkeypatch):
+    # The configuration's are 5; more than the model selects cannot be counted.
+    module, seen = importlib.import_module("mrcnn.cli.evaluate"), []
+    evaluate = module.evaluate_model
+
+    def watched(model, *rest):
+        model.box_selection.register_forward_hook(lambda module, args, out: seen.append(out[0].shape[1]))
+        return evaluate(model, *rest)
+
+    monkeypatch.setattr(module, "evaluate_model", watched)
+    data = ["--images", coco / "images", "--annotations", coco / "annotations.json", "--max-dets", 120]
+    assert run("evaluate", "--checkpoint", trained / "checkpoint.pt", *data, "--batch-size", 1) == 0
+    assert set(seen) == {120}
+
+
 def test_evaluate_refuses_other_categories(trained, coco, tmp_path, capsys):
     # The same number of classes with other ids would silently score zero.
     other = json.loads((coco / "annotations.json").read_text())

@@ -163,7 +163,9 @@ def test_a_function_that_waits_is_not_captured(cuda):
     for value in range(1, 6):
         assert calls(batch_of(value)).item() == total(value)
     assert not cuda.graphs and not cuda.watching
-    assert notes == ["no CUDA graphs: the host waits for the device (called a synchronizing CUDA operation)"]
+    assert notes == [
+        "no CUDA graphs: the host waits for the device (RuntimeError: called a synchronizing CUDA operation)"
+    ]
     assert calls.reason == notes[0].removeprefix("no CUDA graphs: ")
 
 
@@ -175,7 +177,9 @@ def test_a_capture_that_fails_leaves_the_function(cuda):
     for value in (2, 3):
         assert calls(batch_of(value)).item() == total(value)
     assert cuda.current == "default" and calls.captured == 0
-    assert notes == ["no CUDA graphs: capturing failed (CUDA error: operation not permitted when stream is capturing)"]
+    assert notes == [
+        "no CUDA graphs: capturing failed (RuntimeError: CUDA error: operation not permitted when stream is capturing)"
+    ]
 
 
 def test_other_errors_are_the_callers(cuda):

@@ -9,7 +9,7 @@ from model_inputs import TINY, shapes_batch
 from kernels import MaskPool, launch_counts, use_backend
 from mrcnn.data.rle import mask_api
 from mrcnn.modeling import MaskRCNN
-from mrcnn.modeling.detections import Detections
+from mrcnn.modeling.detections import ImageDetections
 from mrcnn.structures import Targets
 
 
@@ -91,7 +91,7 @@ def test_detections_lie_in_the_image_and_are_limited():
     model = MaskRCNN(dataclasses.replace(TINY, score_threshold=0.0, max_detections=7)).eval()
     with torch.no_grad():
         results = model(batch.images, batch.sizes)
-    for detections in results:
+    for detections in results.by_image():
         assert detections.boxes.shape == (7, 4) and detections.masks.shape == (7, 28, 28)
         assert (detections.boxes >= 0).all() and (detections.boxes <= 64).all()
         assert (detections.scores.diff() <= 0).all() and (detections.labels >= 1).all()
@@ -106,13 +106,13 @@ def test_masks_as_rle_are_the_pasted_ones():
     batch = shapes_batch(1)
     model = MaskRCNN(dataclasses.replace(TINY, score_threshold=0.0, max_detections=5)).eval()
     with torch.no_grad():
-        (found,) = model(batch.images, batch.sizes)
+        (found,) = model(batch.images, batch.sizes).by_image()
     pasted = found.on_original((64, 64), (50, 90))["masks"]
     packed = found.on_original((64, 64), (50, 90), rle=True)["masks"]
     assert pasted.any() and [rle["size"] for rle in packed] == [[50, 90]] * 5
     decoded = torch.from_numpy(mask_api().decode(packed)).permute(2, 0, 1)
     assert torch.equal(decoded.bool(), pasted)
-    nothing = Detections(found.boxes[:0], found.labels[:0], found.scores[:0], found.masks[:0])
+    nothing = ImageDetections(found.boxes[:0], found.labels[:0], found.scores[:0], found.masks[:0])
     assert nothing.on_original((64, 64), (50, 90), rle=True)["masks"] == []
 
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from model_inputs import TINY, random_boxes, shapes_batch
 
+from kernels import use_backend
 from mrcnn.data.collate import targets_from_lists
+from mrcnn.modeling import detections
 from mrcnn.modeling.detections import BoxSelection
 from mrcnn.modeling.heads import MaskHead
 from mrcnn.modeling.mask_losses import MaskLoss
@@ -113,12 +116,102 @@ def test_boxes_are_selected_by_score_class_and_number():
     places = torch.tensor([[0, 0, 20, 20.0], [1, 0, 21, 20], [0, 1, 20, 21], [30, 30, 50, 50], [5, 30, 25, 50]])
     proposals = torch.cat([places, torch.tensor([[30.0, 0, 60, 20], [40, 0, 64, 20]])])[None]
     valid = torch.tensor([[True] * 6 + [False]])
-    ((boxes, labels, scores),) = BoxSelection(config)(
+    boxes, labels, scores, count = BoxSelection(config)(
         logits, torch.zeros(1, 7, 4, 4), proposals, valid, torch.tensor([[64, 64]])
     )
-    assert labels.tolist() == [1, 2, 3]
-    torch.testing.assert_close(scores, torch.tensor([0.9, 0.65, 0.6]))
-    torch.testing.assert_close(boxes, proposals[0, [0, 2, 3]])
+    assert labels.tolist() == [[1, 2, 3]] and count.tolist() == [3]
+    torch.testing.assert_close(scores, torch.tensor([[0.9, 0.65, 0.6]]))
+    torch.testing.assert_close(boxes, proposals[:, [0, 2, 3]])
+
+
+def head_outputs(images, number, classes, grid=0.0):
+    """Proposals, some of them invalid, in images of several sizes, logits and deltas; on a grid, full of ties."""
+    logits, deltas = torch.randn(images, number, classes) * 3, torch.randn(images, number, classes, 4)
+    if grid:
+        logits, deltas = (logits / grid).round() * grid, torch.zeros_like(deltas)
+    proposals, valid = random_boxes(images, number), torch.rand(images, number) < 0.9
+    sizes = torch.randint(60, 140, (images, 2))
+    return logits, deltas, proposals, valid, sizes
+
+
+def torchvisions_detections(config, logits, deltas, proposals, valid, sizes):
+    """RoIHeads.postprocess_detections, on what it takes of itself: (boxes, scores, labels) of each image."""
+    itself = SimpleNamespace(
+        box_coder=torchvision.models.detection._utils.BoxCoder((10.0, 10.0, 5.0, 5.0)),
+        score_thresh=config.score_threshold,
+        nms_thresh=config.detection_nms_threshold,
+        detections_per_img=config.max_detections,
+    )
+    boxes = [p[v] for p, v in zip(proposals, valid, strict=True)]
+    run = torchvision.models.detection.roi_heads.RoIHeads.postprocess_detections
+    return list(zip(*run(itself, logits[valid], deltas[valid].flatten(1), boxes, sizes.tolist()), strict=True))
+
+
+SELECTIONS = {
+    "usual": ({"score_threshold": 0.05}, {}),
+    "ties": ({"score_threshold": 0.01}, {"grid": 2.0}),  # fewer than 1,000: torchvision's order of ties is stable
+    "every pair a candidate": ({"score_threshold": 0.0, "max_detections": 500}, {}),
+    "fewer pairs than detections": ({"score_threshold": 0.0, "max_detections": 5000}, {}),
+    "little suppressed": ({"score_threshold": 0.02, "detection_nms_threshold": 0.9}, {}),
+    "one class": ({"score_threshold": 0.3, "detection_nms_threshold": 0.3}, {"classes": 2}),
+    "more pairs than candidates": ({"score_threshold": 0.0, "max_detections": 100}, {"number": 300, "classes": 21}),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("backend", ["torch", "torchvision", "triton"])
+def test_boxes_are_selected_as_torchvision_does(name, backend, device):
+    changes, options = SELECTIONS[name]
+    if backend != "torchvision" and device.type == "cpu" and name == "more pairs than candidates":
+        pytest.skip("4096 x 4096 pairs: a matrix of the reference's, five hundred programs of the interpreter")
+    config = dataclasses.replace(TINY, **changes)
+    inputs = head_outputs(3, **{"number": 60, "classes": 6} | options)
+    logits, deltas, proposals, *_ = inputs
+    logits[1, :, 0] = 999.0  # an image without a candidate
+    logits[0, 3], deltas[0, 5] = math.nan, math.nan  # nothing of a row; its boxes
+    proposals[2, 7:9] += 500  # beyond the image: clipped to nothing
+    inputs = [t.to(device) for t in inputs]
+    wanted = [[out.cpu() for out in of_image] for of_image in torchvisions_detections(config, *inputs)]
+    with use_backend(backend):
+        boxes, labels, scores, count = (out.cpu() for out in BoxSelection(config)(*inputs))
+    slots = min(config.max_detections, logits.shape[1] * (logits.shape[2] - 1))
+    assert boxes.shape == (3, slots, 4) and labels.shape == scores.shape == (3, slots) and count.dtype == torch.int32
+    assert count.tolist() == [len(b) for b, _, _ in wanted]
+    assert count[0] > 10 and count[1] == 0 and count[2] > 10
+    for i, (their_boxes, their_scores, their_labels) in enumerate(wanted):
+        n = int(count[i])
+        assert torch.equal(labels[i, :n], their_labels)
+        torch.testing.assert_close(scores[i, :n], their_scores)
+        torch.testing.assert_close(boxes[i, :n], their_boxes)
+        assert not boxes[i, n:].any() and not labels[i, n:].any() and not scores[i, n:].any()
+
+
+@pytest.mark.parametrize("at_once", [20, 60, 150])
+def test_candidates_beyond_the_best_change_nothing_but_the_end(at_once, monkeypatch):
+    # Those that survive among the best are torchvision's first ones, all of them where they are enough.
+    monkeypatch.setattr(detections, "CANDIDATES", at_once)
+    config = dataclasses.replace(TINY, score_threshold=0.01, max_detections=15, detection_nms_threshold=0.4)
+    inputs = head_outputs(4, 60, 6)
+    inputs[2][:2] = inputs[2][:2, :1] + torch.rand(2, 60, 4)  # in two images everything lies in one place
+    wanted = torchvisions_detections(config, *inputs)
+    boxes, labels, scores, count = BoxSelection(config)(*inputs)
+    candidates = ((inputs[0].softmax(-1)[..., 1:] > 0.01) & inputs[3][..., None]).sum(dim=(1, 2))
+    assert (candidates > at_once).any()
+    for i, (their_boxes, their_scores, their_labels) in enumerate(wanted):
+        n = int(count[i])
+        assert n == len(their_labels) or (n < len(their_labels) and candidates[i] > at_once)
+        assert torch.equal(labels[i, :n], their_labels[:n]) and torch.equal(scores[i, :n], their_scores[:n])
+        torch.testing.assert_close(boxes[i, :n], their_boxes[:n])
+    fewer = [n < len(labels) for n, (_, _, labels) in zip(count.tolist(), wanted, strict=True)]
+    assert count.max() == 15 and any(fewer) == (at_once < 150)
+
+
+def test_more_detections_than_candidates(monkeypatch):
+    # Who asks for more detections than usually are candidates gets them.
+    monkeypatch.setattr(detections, "CANDIDATES", 5)
+    inputs = head_outputs(2, 60, 6)
+    config = dataclasses.replace(TINY, score_threshold=0.0, max_detections=40)
+    assert BoxSelection(config)(*inputs)[1].shape == (2, 40)
 
 
 def test_softmax_masks_ignore_what_bce_ignores():

@@ -10,8 +10,8 @@ from forbid_sync import forbid_sync
 from model_inputs import FEW, shapes_batch
 
 from kernels import use_backend
-from mrcnn import step as step_module
 from mrcnn.config import load_config
+from mrcnn.graphs import is_compiler_error
 from mrcnn.modeling import MaskRCNN
 from mrcnn.step import TrainingStep
 
@@ -191,5 +191,5 @@ def test_captured_is_not_captured_to_the_last_bit(compiled, device):
 
 
 def test_compiler_errors_are_known():
-    assert step_module.is_compiler_error(torch._dynamo.exc.Unsupported("graph break"))
-    assert not step_module.is_compiler_error(RuntimeError("CUDA out of memory"))
+    assert is_compiler_error(torch._dynamo.exc.Unsupported("graph break"))
+    assert not is_compiler_error(RuntimeError("CUDA out of memory"))

@@ -232,9 +232,7 @@ def test_too_many_in_a_row_end_the_run(bad, saved, bad_steps, tmp_path):
     # At the limit, which is looked at where losses are read; the checkpoint is the last one of a good step.
     bad_steps |= bad
     config = small("train.steps=20", "train.log_every=1", "train.save_every=2", "train.skip_limit=3")
-    with pytest.raises(
-        FloatingPointError, match=rf"not finite from step {min(bad)} to step {max(bad)} .*lower --lr"
-    ):
+    with pytest.raises(FloatingPointError, match=rf"not finite from step {min(bad)} to step {max(bad)} .*lower --lr"):
         train(ShapesDataset(4, 64), config, tmp_path / "run", CPU)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == saved
 
@@ -267,8 +265,8 @@ def test_a_model_of_nan_detects_nothing():
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
     with torch.no_grad():
-        (found,) = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
-    assert len(found.boxes) == 0
+        found = model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
+    assert found.count.tolist() == [0] and not found.boxes.any() and not found.masks.any()
 
 
 def test_padding_is_zero_after_normalisation():
