@@ -66,8 +66,8 @@ def headline(result: StepPrediction) -> str:
     what = "a training step" if result.training else "a detection"
     height, width = result.size
     return (
-        f"PREDICTION, not a measurement: {what} of {result.config}, {result.batch} x {height} x {width} pixels, on an "
-        "H200"
+        f"PREDICTION, not a measurement: {what} of this project's configuration {result.config}, "
+        f"{result.batch} x {height} x {width} pixels, on an H200"
     )
 
 
@@ -110,7 +110,8 @@ def _totals(result: StepPrediction) -> Sheet:
     for who, prediction in (("", result.ours), ("torchvision, in part: ", result.theirs)):
         for fusion, way in prediction.ways.items() if prediction else ():
             times = [way.seconds(i) for i in range(len(at))]
-            cells = [f"{_ms(s)} ms, {result.rate(s):.0f}/s" for s in times]
+            # Of a part of a step images a second would be compared with those of a whole one.
+            cells = [f"{_ms(s)} ms" + ("" if who else f", {result.rate(s):.0f}/s") for s in times]
             least = [_efficiency(prediction.break_even[fusion])] if result.training else []
             counts = [str(way.kernels), f"{way.flops / 1e12:.2f}", f"{way.bytes / 1e9:.1f}"]
             rows.append([who + fusion, *counts, *cells, *least])
@@ -208,13 +209,23 @@ def _odd(result: StepPrediction) -> Sheet | None:
     return Sheet("Odd channels", ["layer", "channels"], rows, note)
 
 
+OWN_BYTES = (
+    "Their DRAM time is that of the bytes that the workload's boxes touch; the MB of other tables count whole tensors."
+)
+
+
 def _own(result: StepPrediction) -> Sheet:
     rows = [
         [name, str(time.kernels), _ms(time.issue_s), _ms(time.dram_s), _ms(time.seconds)]
         for name, times in result.own_times.items()
         for time in times
     ]
-    return Sheet("Our ops by machine code", ["op", "kernels", "issue ms", "DRAM ms", "ms"], rows, result.own_note)
+    return Sheet(
+        "Our ops by machine code",
+        ["op", "kernels", "issue ms", "DRAM ms", "ms"],
+        rows,
+        f"{result.own_note} {OWN_BYTES}".strip(),
+    )
 
 
 def _saved(result: StepPrediction) -> Sheet:

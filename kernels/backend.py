@@ -28,12 +28,12 @@ _chosen: dict[str, str] = {}  # backend of each op that is not left to `auto`; t
 
 
 @contextmanager
-def use_backend(backend: str, *, only: Collection[str] = ()) -> Iterator[None]:
+def use_backend(backend: str, *, only: Collection[str] | None = None) -> Iterator[None]:
     """Let every op called with `backend="auto"` inside the block use `backend`. Not thread-local.
 
     Args:
         backend: one of `BACKENDS`.
-        only: the ops, of `OPS`, that this is about; the others keep what an enclosing block says.
+        only: the ops, of `OPS`, that this is about, by default all; the others keep what an enclosing block says.
 
     Raises:
         ValueError: an unknown backend or op.
@@ -41,10 +41,10 @@ def use_backend(backend: str, *, only: Collection[str] = ()) -> Iterator[None]:
     global _chosen
     _check_name(backend)
     only = (only,) if isinstance(only, str) else only
-    if unknown := [op for op in only if op not in OPS]:
+    if unknown := [op for op in only or () if op not in OPS]:
         raise ValueError(f"unknown op {unknown[0]!r}; only= takes {', '.join(OPS)}")
     previous = _chosen
-    _chosen = previous | dict.fromkeys(only, backend) if only else {"": backend}
+    _chosen = {"": backend} if only is None else previous | dict.fromkeys(only, backend)
     try:
         yield
     finally:

@@ -20,3 +20,7 @@ class ConfigError(ValueError):
 
 class TrainingStopped(Exception):
     """A run was asked to stop and did, at a step boundary; the message says how it goes on."""
+
+
+class GraphError(RuntimeError):
+    """A CUDA graph could not be captured, and CUDA cannot be used any more; the message says what to run instead."""

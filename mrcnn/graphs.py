@@ -8,7 +8,8 @@ not depend on data, no host that waits for a value, inputs that lie where they l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kernels import MaskPool
 
+from .errors import GraphError
 from .structures import Batch
 
 LEAST_POOL = 1 << 20  # bytes of mask bitmaps that a static batch holds at least
@@ -31,6 +33,9 @@ class GraphedCalls:
 
     What `function` returned when it was captured is what every later call with that shape returns: the same tensors,
     overwritten by the next call with any shape.
+
+    Raises:
+        GraphError: a capture failed in a way that the process cannot go on after.
 
     Attributes:
         reason: why there are no graphs, in one sentence; None as long as there is nothing against them.
@@ -58,11 +63,12 @@ class GraphedCalls:
         shape = self._shape_of(batch) if self.reason is None else None
         if shape is None:
             return self.function(batch)
-        shape.batch.fill(batch)
-        if shape.graph is not None:
-            shape.graph.replay()
-            return shape.outputs
-        return self._warm_up(shape) if shape.calls < self.warmup else self._capture(shape)
+        with torch.cuda.device(batch.images.device):  # streams and graphs are the current device's
+            shape.batch.fill(batch)
+            if shape.graph is not None:
+                shape.graph.replay()
+                return shape.outputs
+            return self._warm_up(shape) if shape.calls < self.warmup else self._capture(shape)
 
     @property
     def captured(self) -> int:
@@ -76,6 +82,8 @@ class GraphedCalls:
         if shape is not None and not shape.batch.holds(batch):  # more mask pixels than ever: a larger copy, a new graph
             del self._shapes[key]
             shape = None
+            if not self.captured:
+                self._pool = None  # which went with its last graph
         if shape is None:
             if len(self._shapes) == self.limit:
                 if not self._full:
@@ -86,46 +94,63 @@ class GraphedCalls:
         return shape
 
     def _warm_up(self, shape: _Shape) -> Any:
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()
         shape.calls += 1
-        watched = shape.calls == self.warmup
-        self._stream.wait_stream(torch.cuda.current_stream())
+        watched, failure, outputs = shape.calls == self.warmup, "", None
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._stream):
-                if watched:
-                    torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self._stream), _no_waiting() if watched else nullcontext():
                 outputs = self.function(shape.batch.batch)
         except RuntimeError as error:
             if not watched or "synchroniz" not in str(error):
                 raise
-            torch.cuda.set_sync_debug_mode("default")
-            self._give_up(f"the host waits for the device ({first_line(error)})")
-            outputs = self.function(shape.batch.batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(self._stream)
+            failure = first_line(error)
+        current.wait_stream(self._stream)
+        if failure:  # the error, and with it what the call had allocated, is gone by now
+            return self._without_graphs(f"the host waits for the device ({failure})", shape)
         return outputs
 
     def _capture(self, shape: _Shape) -> Any:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, failure = torch.cuda.CUDAGraph(), ""
         try:
             # thread_local: the thread that pins the loader's memory may go on.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                shape.outputs = self.function(shape.batch.batch)
+                try:
+                    shape.outputs = self.function(shape.batch.batch)
+                except RuntimeError as error:
+                    failure = first_line(error)
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # torch.cuda.graph leaves its own where it cannot end the capture
-            torch.cuda.synchronize()
-            self._give_up(f"capturing failed ({first_line(error.__context__ or error)})")
-            return self.function(shape.batch.batch)
+            # PyTorch's random numbers and allocator still believe to be captured then: nothing goes on after it.
+            raise GraphError(
+                f"capturing the CUDA graph failed ({failure or first_line(error)}), and the process cannot go on: "
+                "run without --cuda-graphs (a run that has a checkpoint: --resume --no-cuda-graphs)"
+            ) from error
+        if failure:
+            return self._without_graphs(f"capturing failed ({failure})", shape)
         shape.graph = graph
         graph.replay()  # capturing computed nothing
         return shape.outputs
+
+    def _without_graphs(self, reason: str, shape: _Shape) -> Any:
+        self._give_up(reason)
+        return self.function(shape.batch.batch)
 
     def _give_up(self, reason: str) -> None:
         self.reason = reason
         self._shapes.clear()
         self.on_note(f"no CUDA graphs: {reason}")
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Let PyTorch raise where the host would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @dataclass

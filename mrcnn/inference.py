@@ -113,9 +113,10 @@ def evaluate(
     At most `max_dets` detections an image are taken from the model and counted. `on_batch` is called with the number of
     images done.
     """
-    was_training = model.training
+    was_training, benchmark = model.training, torch.backends.cudnn.benchmark
     results: list[dict] = []
     model.eval()
+    torch.backends.cudnn.benchmark = False  # batches have many shapes here, and each would be tried out
     try:
         with torch.random.fork_rng(devices=[]):  # so that evaluating does not change the training that follows
             for batch in evaluation_loader(dataset, config):
@@ -124,4 +125,5 @@ def evaluate(
                 on_batch(len(batch.image_ids))
     finally:
         model.train(was_training)
+        torch.backends.cudnn.benchmark = benchmark
     return evaluate_detections(dataset.ground_truth(), results, max_dets)

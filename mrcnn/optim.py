@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -63,11 +64,22 @@ SCHEDULES: dict[str, Callable[[float, TrainConfig], float]] = {
 """Factor of the learning rate by the part of the run that is done."""
 
 
+HOW = ("fused", "foreach", "capturable")  # settings of an optimizer that decide how it runs, not what it computes
+
+
+class Skipped(NamedTuple):
+    """Numbers of steps that were left out."""
+
+    of_all: int
+    in_a_row: int  # up to the last step
+    longest: int  # in a row, since this was asked last
+
+
 class Update:
     """Schedule, clipping and optimizer, all on the device: nothing waits for it, nothing is decided by the host.
 
-    The learning rate is looked up by a step counter that the update itself moves on. A step whose gradient is not
-    finite changes no weight and no momentum (batch norm's running statistics are the forward pass's, and have moved);
+    The learning rate is looked up by a step counter that the update itself moves on. A step whose gradients' norm is
+    not finite changes nothing, neither weights nor momentum nor batch norm's running statistics, which are put back;
     it is counted. The same calls can so be captured in a CUDA graph once and replayed for every step.
     """
 
@@ -83,8 +95,17 @@ class Update:
         self._base = torch.tensor(base, dtype=torch.float32, device=device)
         self._rates = self._base * self._factors[min(start, config.steps - 1)]
         self._step = torch.tensor([start], device=device)
-        self._skipped, self._in_a_row = torch.zeros(2, 1, dtype=torch.int64, device=device)
-        self._use_own_rates()
+        self._skipped, self._in_a_row, self._longest = torch.zeros(3, 1, dtype=torch.int64, device=device)
+        self._statistics = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for buffer in (module.running_mean, module.running_var)
+            if buffer is not None
+        ]
+        self._kept = [buffer.clone() for buffer in self._statistics]  # as they were after the last step
+        self._how = [{key: group.get(key) for key in HOW if key in group} for group in self.optimizer.param_groups]
+        self._use_own_settings()
 
     def __call__(self) -> None:
         """Change the weights by their gradients."""
@@ -99,17 +120,25 @@ class Update:
         self._step += 1
         self._skipped += skip
         self._in_a_row.add_(1).mul_(skip)
+        torch.maximum(self._longest, self._in_a_row, out=self._longest)
+        if self._statistics:
+            torch._foreach_copy_(self._statistics, [torch.where(skip, *pair) for pair in self._pairs()])
+            torch._foreach_copy_(self._kept, self._statistics)
 
-    def skipped(self) -> tuple[int, int]:
-        """Steps without a finite gradient: of all, and of the last ones in a row. Waits for the device."""
-        of_all, in_a_row = torch.cat([self._skipped, self._in_a_row]).tolist()
-        return of_all, in_a_row
+    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(self._kept, self._statistics, strict=True)
+
+    def skipped(self) -> Skipped:
+        """Steps that were left out; waits for the device."""
+        counts = torch.cat([self._skipped, self._in_a_row, self._longest]).tolist()
+        self._longest.zero_()
+        return Skipped(*counts)
 
     def state_dict(self) -> dict:
         """What it takes to go on, beside the step; learning rates as plain numbers."""
         state = self.optimizer.state_dict()
         groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
-        return {"optimizer": state | {"param_groups": groups}, "skipped": self.skipped()[0]}
+        return {"optimizer": state | {"param_groups": groups}, "skipped": int(self._skipped)}
 
     def load_state_dict(self, state: dict) -> None:
         """Take a state of the same configuration, whose tensors may be on another device or in another layout."""
@@ -117,11 +146,12 @@ class Update:
         for parameter in self._parameters:
             _match_layout(self.optimizer.state.get(parameter, {}), parameter)
         self._skipped.fill_(state.get("skipped", 0))
-        self._use_own_rates()
+        self._use_own_settings()
 
-    def _use_own_rates(self) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate  # a view
+    def _use_own_settings(self) -> None:
+        """Rates that the schedule writes to, and how the optimizer runs here: a state may come from another device."""
+        for group, rate, how in zip(self.optimizer.param_groups, self._rates, self._how, strict=True):
+            group |= how | {"lr": rate}  # a view
 
 
 def _match_layout(state: dict, parameter: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from .loader import device_batches, training_batches
 from .modeling import MaskRCNN
 from .modeling.backbone import load_pretrained
 from .modeling.fused_conv import can_fuse, fuse_relus
-from .optim import learning_rate_factor
+from .optim import Skipped, learning_rate_factor
 from .resume import check_resumable, describe_data, initialise, restore, training_state
 from .run_log import NO_BEST, RunLog, summary_writer
 from .step import TrainingStep
@@ -51,7 +51,8 @@ def train(
     `metrics.jsonl` gets one JSON object every `log_every` steps and one an evaluation. `on_step` is called after
     every step, with the metrics where they were read from the device and {} elsewhere.
 
-    A step whose gradient is not finite changes nothing and is counted; `train.skip_limit` of them in a row end the run.
+    A step whose gradient is not finite changes nothing and is counted; `train.skip_limit` of them in a row end the run,
+    once the losses are read next.
     `train.compile` and `train.cuda_graphs` say how a step runs; what cannot be had is left out, and `on_note` told why.
 
     The model starts with random weights, with `config.model.weights` in its backbone, or with what fits of the
@@ -85,6 +86,8 @@ def train(
     if device.type == "cuda":  # on a CPU channels_last convolutions are slower
         model = model.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = config.data.group_by_aspect  # of many shapes each would be tried out
+    if config.train.compile:
+        on_note("the first steps of each shape of batch compile it, which takes minutes")
     if config.train.fused_convs:
         reason = can_fuse(device)
         on_note(f"not fused: {reason}" if reason else f"{fuse_relus(model)} convolutions with their ReLU")
@@ -155,7 +158,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.described = describe_data(self.dataset)  # once: it reads all annotations
-        self.skipped_in_a_row = 0
+        self.save_is_due = False
 
     @property
     def settings(self) -> TrainConfig:
@@ -176,12 +179,16 @@ class _Run:
         losses = self.step(batch)
         self.log.count(len(batch.image_ids), batch.replaced)
         stopping = self.should_stop()
-        saving = stopping or self.is_evaluated(step) or step % self.settings.save_every == 0
+        ending = stopping or step == self.settings.steps
+        saving = ending or self.save_is_due or self.is_evaluated(step) or step % self.settings.save_every == 0
         metrics: dict = {}
         if saving or step % self.settings.log_every == 0:
-            metrics = self.read(step, losses, ending=stopping or step == self.settings.steps)
-        if saving:
-            self.save(step)
+            metrics, skipped = self.read(step, losses)
+            # Weights that ran away in a step show in the next ones, which are left out: they would replace good ones.
+            self.save_is_due = saving and skipped.in_a_row > 0 and not ending
+        self.checkpoint.step = step
+        if saving and not self.save_is_due:
+            self.save()
         if self.is_evaluated(step) and not stopping:  # else it is made up for when the run goes on
             metrics |= self.evaluate(step)
         self.on_step(step, metrics)
@@ -189,32 +196,31 @@ class _Run:
             path = self.output / "checkpoint.pt"
             raise TrainingStopped(f"stopped after step {step} of {self.settings.steps}: --resume goes on from {path}")
 
-    def read(self, step: int, losses: dict[str, Tensor], ending: bool) -> dict:
-        """Metrics of a step, for which the host waits; FloatingPointError where the run has come to nothing."""
+    def read(self, step: int, losses: dict[str, Tensor]) -> tuple[dict, Skipped]:
+        """Metrics of a step, for which the host waits; FloatingPointError where too many in a row were left out."""
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-        skipped, self.skipped_in_a_row = self.step.update.skipped()
-        if self.skipped_in_a_row >= (1 if ending else self.settings.skip_limit):
+        skipped = self.step.update.skipped()
+        if skipped.longest >= self.settings.skip_limit:
             raise FloatingPointError(
-                f"the gradient was not finite from step {step + 1 - self.skipped_in_a_row} to step {step} (losses: "
-                f"{values}); lower --lr, or set train.clip_norm"
+                f"the gradient was not finite in {skipped.longest} steps in a row, up to step {step} or before (losses "
+                f"there: {values}): begin anew with a lower --lr or with train.clip_norm (train.skip_limit is "
+                f"{self.settings.skip_limit})"
             )
         lr = self.settings.lr * learning_rate_factor(step - 1, self.settings)
-        return self.log.training(step, values, lr, skipped)
+        return self.log.training(step, values, lr, skipped.of_all), skipped
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the model is evaluated after `step`, where there is something to evaluate on."""
         every = self.settings.eval_every
         return step == self.settings.steps or bool(every and step % every == 0)
 
-    def save(self, step: int) -> None:
-        """Write checkpoint.pt; weights that have run away would replace good ones."""
-        if self.skipped_in_a_row:
-            return  # the next one may do; if none does, the run ends with the checkpoint before
-        if not all(parameter.isfinite().all() for parameter in self.checkpoint.model.parameters()):
+    def save(self) -> None:
+        """Write checkpoint.pt; weights that are not finite would replace a good one."""
+        step, state = self.checkpoint.step, self.checkpoint.model.state_dict()
+        if not all(value.isfinite().all() for value in state.values()):
             raise FloatingPointError(
-                f"the weights are not finite after step {step}; lower --lr, or set train.clip_norm"
+                f"the weights are not finite after step {step}: begin anew with a lower --lr or with train.clip_norm"
             )
-        self.checkpoint.step = step
         state = training_state(self.step.update, self.device) | self.described
         state["best"] = (self.log.best_step, float(self.log.best_ap))
         save_checkpoint(self.output / "checkpoint.pt", dataclasses.replace(self.checkpoint, training=state))
@@ -231,5 +237,6 @@ class _Run:
         # Before the line that says so: a run that is stopped in between evaluates again when it is resumed.
         if self.log.note_best(step, results):
             save_checkpoint(self.output / "best.pt", self.checkpoint)
-            self.save(step)  # again, with the AP that best.pt is to be compared with: the line may be lost
+            if not self.save_is_due:
+                self.save()  # again, with the AP that best.pt is to be compared with: the line may be lost
         return self.log.evaluation(step, results)

@@ -16,7 +16,9 @@ def step(
     budget: Annotated[str, typer.Option(help="Time for everything, e.g. 8m, 90s, 1h30m.")] = "8m",
     baseline: Annotated[bool, typer.Option("--baseline", help="torchvision's training step.")] = False,
     ladder: Annotated[bool, typer.Option("--ladder", help="Ours, rung by rung.")] = False,
-    ablation: Annotated[bool, typer.Option("--ablation", help="The last rung, an op at a time replaced.")] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Rung 7, an op at a time replaced by its reference.")
+    ] = False,
     inference: Annotated[bool, typer.Option("--inference", help="Latency and throughput.")] = False,
     loader: Annotated[bool, typer.Option("--loader", help="The step fed from JPEG files.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Captured against not captured, bit for bit.")] = False,

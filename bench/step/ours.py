@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels import use_backend
 from mrcnn.inference import autocast
 from mrcnn.modeling import MaskRCNN
+from mrcnn.modeling.backbone import FrozenBatchNorm
 from mrcnn.modeling.fused_conv import can_fuse, fuse_relus
 from mrcnn.modeling.torchvision_model import from_torchvision
 from mrcnn.optim import build_optimizer
@@ -65,7 +66,7 @@ class Apart(nn.Module):
 def take_apart(model: MaskRCNN) -> None:
     """Undo what the model does for speed in its layers: frozen norms by themselves, every predictor by itself."""
     for module in list(model.modules()):
-        if hasattr(type(module), "folded"):
+        if isinstance(module, FrozenBatchNorm):
             module.folded = False
         if hasattr(module, "joined"):
             module.joined = Apart()

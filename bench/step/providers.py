@@ -100,7 +100,7 @@ def top() -> Provider:
 
 
 def ablation() -> list[Provider]:
-    """The last rung with every op, and with one op after the other, replaced by its PyTorch reference."""
+    """Rung 7 with every op, and with one op after the other, replaced by its PyTorch reference."""
     best = Options()
     everything = [("all reference", replace(best, ops="torch"), "no Triton kernel of ours")]
     single = [
@@ -132,7 +132,7 @@ def loader() -> list[Provider]:
     """With JPEG files."""
     return [
         Provider("loader alone", LOADER, "workers decode, resize, augment, pack; batches copied to the device"),
-        Provider("step and loader", LOADER, "the last rung of the ladder on what the loader brings"),
+        Provider("step and loader", LOADER, "rung 7 of the ladder on what the loader brings"),
     ]
 
 

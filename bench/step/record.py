@@ -15,12 +15,16 @@ from ..sources import ROOT, code_of
 
 STEP_FILE = "step.jsonl"
 OK, FAILED, RED = "ok", "failed", "red"
-SOURCES = (  # what a row's numbers come from
-    *("kernels", "mrcnn/modeling", "mrcnn/config", "mrcnn/structures.py", "mrcnn/inference.py", "mrcnn/loader.py"),
-    *("mrcnn/optim.py", "mrcnn/step.py", "mrcnn/graphs.py", "bench/timing.py"),
-    *(f"bench/step/{name}.py" for name in ("workload", "ours", "inference", "phases", "measure", "bitwise")),
+# What a row's numbers come from.
+SOURCES = ("kernels", "mrcnn", "bench/step", "bench/timing.py", "bench/jpeg_set.py", "bench/step_profile/run.py")
+BASELINE_SOURCES = (
+    *(
+        f"bench/step/{name}.py"
+        for name in ("workload", "torchvision_baseline", "phases", "measure", "measure_provider")
+    ),
+    *("bench/timing.py", "bench/step_profile/run.py", "mrcnn/data/shapes.py"),
 )
-BASELINE_SOURCES = tuple(f"bench/step/{name}.py" for name in ("workload", "torchvision_baseline", "phases", "measure"))
+NOT_SOURCES = ("bench/step/report.py", "bench/step/report_tables.py", "bench/step/command.py", "mrcnn/cli")
 
 
 class StepError(ValueError):
@@ -33,9 +37,10 @@ def source_hash(baseline: bool) -> str:
     digest = hashlib.sha256()
     for place in BASELINE_SOURCES if baseline else SOURCES:
         for file in sorted((ROOT / place).rglob("*.py")) or [ROOT / place]:
-            if file.exists():
+            name = file.relative_to(ROOT).as_posix()
+            if file.exists() and not name.startswith(NOT_SOURCES):
                 code = code_of(file.read_text(encoding="utf-8"))
-                digest.update(f"{file.relative_to(ROOT).as_posix()}\n{code}\n".encode())
+                digest.update(f"{name}\n{code}\n".encode())
     return digest.hexdigest()[:12]
 
 

@@ -60,7 +60,7 @@ def report_context(record: Record) -> dict[str, Any]:
             for p in view.providers(BASELINE, LADDER, ABLATION, INFERENCE, LOADER, CHECK)
             if (row := view.row(p.name)) and row["sources"] != source_hash(p.name.startswith("torchvision"))
         ],
-        "noise": f"{100 * view.noise():.1f} %",
+        "noise": f"{100 * view.noise():.1f} %" if view.noise() else NOT_MEASURED,
         "file": STEP_FILE,
     }
 
@@ -75,7 +75,8 @@ def _verdict(view: View, best: dict | None, top: str) -> str:
     named = view.row(EAGER_NAMED)
     beside = ""
     if named and named["name"] != best["name"]:
-        beside = f"; {row['images_per_second'] / named['images_per_second']:.2f}x {EAGER_NAMED}"
+        ratio = row["images_per_second"] / named["images_per_second"]
+        beside = f"; {ratio:.2f}x {EAGER_NAMED} (not in the same rounds)"
     return (
         f"**{row['images_per_second']:.1f} img/s** ({row['mode']}) against {best['images_per_second']:.1f} img/s of "
         f"the best baseline, {best['name']}: {text}{beside}."

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mrcnn.errors import GraphError
+
 from ..environment import describe_commit, describe_environment
 from .measure_provider import Measured, measure_provider, prepare
 from .phases import PhaseClock
@@ -161,7 +163,8 @@ class _Run:
         rival = self._rival_of(provider)
         left = max(self.deadline - time.monotonic(), 30.0)
         row |= measure_provider(provider, self.workload, rival, left, twin=provider.name == TOP)
-        if row.get("out_of_memory") and rival is not None:
+        if row.pop("out_of_memory", False) and rival is not None:
+            rival = None  # or it would stay alive
             self._drop_rival()
             row |= measure_provider(provider, self.workload, None, left)
         _collect()
@@ -172,6 +175,8 @@ class _Run:
         else:
             progress.failed[provider.name] = row["reason"]
         self.on_event(f"{provider.name}: {outcome(row)}")
+        if row["status"] != OK and row["reason"].startswith(GraphError.__name__):
+            raise StepError(f"{provider.name}: {row['reason']}; run the same command again for the other rows")
         if self.workload.device.type == "cuda":
             try:
                 torch.cuda.synchronize()
@@ -221,7 +226,8 @@ def outcome(row: dict) -> str:
     if row["status"] != OK:
         return f"{row['status']}: {row['reason']}"
     if "check" in row:
-        return "equal, bit for bit" if row["check"]["equal"] else "NOT equal"
+        modes = " against ".join(row["check"]["modes"])
+        return f"{modes}: {'equal, bit for bit' if row['check']['equal'] else 'NOT equal'}"
     if "rates" in row:
         return ", ".join(f"{name} {rate['images_per_second']:.1f} img/s" for name, rate in row["rates"].items())
     counts = ", ".join(f"{count} {name}" for name, count in row.get("counts", {}).items())

@@ -31,8 +31,8 @@ def nms_mask(
         valid: [G, n] bool; the other boxes neither suppress nor are kept, whatever they hold.
         threshold: IoU, compared in the precision given here: the fp32 IoU must be above the double.
         groups: [G, n] integers, classes say: boxes with different ones do not suppress each other. By default, all do.
-        backend: see `BACKENDS`. On a CPU "auto" is the PyTorch reference. "torchvision" is its op on one group (and one
-            class) after the other.
+        backend: see `BACKENDS`. "torchvision" is its op on one group (and one class) after the other, and "auto" on a
+            CPU: the PyTorch reference compares all pairs, whatever their class.
 
     Returns:
         [G, n] bool. There is no gradient.
@@ -42,11 +42,12 @@ def nms_mask(
     """
     _check(boxes, valid, groups)
     check_threshold(threshold, "threshold")
-    backend = choose_backend(backend, boxes, "nms")
-    run = {"triton": _nms, "torchvision": _torchvision, "torch": reference.nms_mask}[backend]
-    if backend == "torch" and torch.compiler.is_compiling():
-        run = _opaque_reference
-    return run(boxes, valid, float(threshold), groups)
+    backend = choose_backend(backend, boxes, "nms", on_cpu="torchvision")
+    if backend == "triton":
+        return _nms(boxes, valid, float(threshold), groups)
+    if torch.compiler.is_compiling():
+        return _opaque(boxes, valid, float(threshold), groups, backend)
+    return _OTHERS[backend](boxes, valid, float(threshold), groups)
 
 
 def _check(boxes: Tensor, valid: Tensor, groups: Tensor | None) -> None:
@@ -122,10 +123,15 @@ def _nms_fake(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | N
     return boxes.new_empty(valid.shape, dtype=torch.bool)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::nms_mask_reference", mutates_args=())
-def _opaque_reference(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None = None) -> Tensor:
-    """The reference for torch.compile, which cannot trace that it looks whether it is done."""
-    return reference.nms_mask(boxes, valid, threshold, groups)
+@torch.library.custom_op(f"{NAMESPACE}::nms_mask_waiting", mutates_args=())
+def _opaque(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None, backend: str) -> Tensor:
+    """The other two for torch.compile, which cannot trace that they look at values."""
+    return _OTHERS[backend](boxes, valid, threshold, groups)
 
 
-_opaque_reference.register_fake(_nms_fake)
+@_opaque.register_fake
+def _opaque_fake(boxes: Tensor, valid: Tensor, threshold: float, groups: Tensor | None, backend: str) -> Tensor:
+    return _nms_fake(boxes, valid, threshold, groups)
+
+
+_OTHERS = {"torchvision": _torchvision, "torch": reference.nms_mask}

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ..errors import CheckpointError, ConfigError, DataError, TrainingStopped
+from ..errors import CheckpointError, ConfigError, DataError, GraphError, TrainingStopped
 from .evaluate import evaluate
 from .predict import predict
 from .summary import summary
@@ -29,7 +29,7 @@ def main() -> None:
     except TrainingStopped as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
-    except (CheckpointError, ConfigError, DataError, FloatingPointError, OSError) as error:
+    except (CheckpointError, ConfigError, DataError, GraphError, FloatingPointError, OSError) as error:
         # From a DataLoader's worker the message is a traceback that ends with the sentence.
         sentence = str(error).strip().splitlines()[-1]
         print(f"error: {sentence.removeprefix(f'{DataError.__module__}.DataError: ')}", file=sys.stderr)

@@ -108,6 +108,11 @@ def train(
     }
     base = resumed.config if resumed and config is None else load_config(config or "torchvision")
     resolved = _resolve(base, set_ or [], given, image_size)
+    if resumed and resolved.data.group_by_aspect and not resumed.config.data.group_by_aspect:
+        raise ConfigError(
+            "--compile and --cuda-graphs need batches of few shapes (data.group_by_aspect), which the run to resume "
+            "has not: resume without them, or start a new run from its weights with --init-from"
+        )
     chosen = choose_device(device, ops)
     training, validation = _datasets(data, resolved, images, annotations, val_images, val_annotations)
     _warn(resolved, chosen.type, starts_random=not (resumed or started_from))
@@ -150,7 +155,8 @@ def _resolve(base: Config, overrides: list[str], given: dict, image_size: int | 
 def _with_image_size(config: Config, image_size: int) -> DataConfig:
     """The longer side's limit keeps its proportion to the shorter side."""
     data = config.data
-    max_size = round(image_size * data.max_size / data.image_size) if data.image_size else data.max_size
+    both = image_size and data.image_size
+    max_size = round(image_size * data.max_size / data.image_size) if both else data.max_size
     return dataclasses.replace(data, image_size=image_size, max_size=max_size)
 
 
@@ -191,7 +197,7 @@ class _Report:
         if "evaluation_error" in metrics:
             self.bar.console.print(f"step {step}: not evaluated: {metrics['evaluation_error']}")
         if "loss" in metrics:
-            self.bar.update(self.task, status=f"loss {metrics['loss']:.3f}")
+            self.bar.update(self.task, status=f"loss {metrics['loss']:.4g}")
         if "segm_AP50" in metrics:
             box, mask = metrics["bbox_AP50"], metrics["segm_AP50"]
             self.bar.console.print(f"step {step}: box AP50 {box:.3f}, mask AP50 {mask:.3f}")

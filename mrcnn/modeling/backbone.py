@@ -72,7 +72,8 @@ def fold_norms(module: nn.Module) -> None:
     """Replace each convolution inside `module` that a FrozenBatchNorm follows; names and weights stay as they are."""
     for parent in list(module.modules()):
         for (name, conv), (_, norm) in pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
+            plain = isinstance(conv, nn.Conv2d) and conv.bias is None and conv.padding_mode == "zeros"
+            if plain and isinstance(norm, FrozenBatchNorm):
                 setattr(parent, name, FoldedConv2d(conv, norm))
                 norm.folded = True
 

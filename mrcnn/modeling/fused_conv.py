@@ -36,16 +36,30 @@ def fuse_relus(model: nn.Module) -> int:
 
 
 def can_fuse(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """None where cuDNN takes a small convolution with everything, channels_last; else why not."""
+    """None where cuDNN's fused convolutions are right on `device`, channels_last: of a stem, 1x1, 3x3; else why not."""
     if device.type != "cuda":
         return "cuDNN's fused convolutions need a GPU"
-    x = torch.zeros(1, 16, 8, 8, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.zeros(16, 16, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    try:
-        for add in (None, x):
-            _conv_relu(x, weight, x.new_zeros(16), add, [1, 1], [1, 1], [1, 1], 1)
-    except RuntimeError as error:
-        return f"cuDNN's fused convolutions: {str(error).strip().splitlines()[0]}"
+    for channels, kernel, stride in ((3, 7, 2), (64, 1, 1), (64, 3, 1), (64, 3, 2)):
+        geometry = [stride] * 2, [kernel // 2] * 2, [1, 1], 1
+        x, weight = (
+            torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for shape in ((2, channels, 32, 32), (64, channels, kernel, kernel))
+        )
+        bias = torch.randn(64, device=device, dtype=dtype)
+        plain = _plain(x, weight, bias, None, *geometry)
+        for add in (None, torch.randn_like(plain)):
+            expected = plain if add is None else _plain(x, weight, bias, add, *geometry)
+            # cuDNN is given its output as a residual with the factor 0: what lies in that memory must not matter.
+            torch.full_like(expected, float("nan"))
+            try:
+                found = _conv_relu(x, weight, bias, add, *geometry)
+            except RuntimeError as error:
+                return f"cuDNN's fused convolutions: {str(error).strip().splitlines()[0]}"
+            close = torch.allclose(found.float(), expected.float(), rtol=2**-6, atol=2**-4)  # NaN is close to nothing
+            if not close or found.stride() != expected.stride():
+                return (
+                    f"cuDNN's fused convolutions: wrong for {channels} channels, {kernel} x {kernel}, stride {stride}"
+                )
     return None
 
 

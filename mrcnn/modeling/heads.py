@@ -61,7 +61,7 @@ def linear_of_maps(x: Tensor, layer: nn.Linear) -> Tensor:
     """
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return layer(x.flatten(1))
-    weight = layer.weight.unflatten(1, x.shape[1:]).permute(0, 2, 3, 1).flatten(1)
+    weight = layer.weight.to(x.dtype).unflatten(1, x.shape[1:]).permute(0, 2, 3, 1).flatten(1)
     return F.linear(x.permute(0, 2, 3, 1).flatten(1), weight, layer.bias)
 
 

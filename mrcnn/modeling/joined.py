@@ -19,12 +19,14 @@ class Joined(nn.Module):
     def forward(self, x: Tensor, *layers: nn.Linear | nn.Conv2d) -> list[Tensor]:
         """What each layer makes of x, [N, C] or [B, C, H, W]: views of one tensor, its channels a multiple of 8.
 
-        Only half types are padded: on fp32 it would gain nothing.
+        Only products in half types are padded: in fp32 it would gain nothing.
         """
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         sizes = [layer.weight.shape[0] for layer in layers]
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        rows = -sum(sizes) % MULTIPLE if x.dtype in (torch.bfloat16, torch.float16) else 0
+        rows = -sum(sizes) % MULTIPLE if dtype in (torch.bfloat16, torch.float16) else 0
         if rows:
             weight = F.pad(weight, (0, 0) * (weight.ndim - 1) + (0, rows))
             bias = F.pad(bias, (0, rows))

@@ -41,11 +41,13 @@ def sample(
     positives = min(int(size * positive_fraction), labels.shape[1])
     size = min(size, labels.shape[1])
     key = random_keys(labels)
-    chance, index = torch.where(labels > 0, key, -1).topk(positives, dim=1)
+    index = torch.where(labels > 0, key, -1).topk(positives, dim=1).indices
     negative_key = key if hardness is None else hardness / (1 + hardness)  # in [0, 1), in the same order
     # Priority: chosen positives in [2, 3), negatives in [0, 1], everything else negative.
     priority = torch.where(labels == 0, negative_key, -1)
-    priority = priority.scatter(1, index, torch.where(chance >= 0, chance + 2, priority.gather(1, index)))
+    # A scalar is scattered: a tensor is by way of an index_put where algorithms must be deterministic, which waits.
+    chosen = torch.zeros_like(labels, dtype=torch.bool).scatter(1, index, True)
+    priority = torch.where(chosen & (labels > 0), key + 2, priority)
     if hardness is None:
         chosen, index = priority.topk(size, dim=1)
     else:  # of equally hard ones the first, on every device; random keys are hardly ever equal

@@ -202,7 +202,12 @@ def _operators() -> list:
             suppression._nms,
             (boxes(5, 2).transpose(0, 1), (torch.rand(5, 2) < 0.8).T, 0.5, torch.randint(0, 2, (5, 2)).T),
         ),
-        ("nms_mask reference", suppression._opaque_reference, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5)),
+        ("nms_mask reference", suppression._opaque, (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5, None, "torch")),
+        (
+            "nms_mask torchvision as reference",
+            suppression._opaque,
+            (boxes(2, 5), torch.rand(2, 5) < 0.8, 0.5, None, "torchvision"),
+        ),
         ("mask_bce_forward", mask._forward, (z, classes, targets, None)),
         (
             "mask_bce_forward fp16 channels_last weights",

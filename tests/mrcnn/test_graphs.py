@@ -12,6 +12,7 @@ import torch
 
 from kernels import MaskPool
 from mrcnn import graphs
+from mrcnn.errors import GraphError
 from mrcnn.graphs import LEAST_POOL, GraphedCalls, StaticBatch, shape_key, tensors
 from mrcnn.structures import Batch, Targets
 
@@ -35,8 +36,7 @@ class Cuda:
     """Stands for torch.cuda: what is captured is recorded, and runs when it is replayed."""
 
     def __init__(self) -> None:
-        self.capturing, self.watching, self.graphs = None, False, []
-        self.current = "default"
+        self.capturing, self.watching, self.invalidated, self.graphs, self.pools = None, False, False, [], 0
 
     def CUDAGraph(self):
         graph = SimpleNamespace(work=[])
@@ -46,19 +46,21 @@ class Cuda:
 
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local" and pool == "pool"
-        self.capturing, self.current = graph, stream
+        assert capture_error_mode == "thread_local" and pool == f"pool {self.pools}"
+        self.capturing = graph
         yield
-        self.capturing, self.current = None, "default"  # not after an error: torch.cuda.graph does not, either
+        if self.invalidated:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.capturing = None
+
+    def device(self, device):
+        return nullcontext()
 
     def Stream(self):
         return SimpleNamespace(wait_stream=lambda other: None)
 
     def current_stream(self):
         return SimpleNamespace(wait_stream=lambda other: None)
-
-    def set_stream(self, stream):
-        self.capturing, self.current = None, "default"
 
     def stream(self, stream):
         return nullcontext()
@@ -67,10 +69,8 @@ class Cuda:
         self.watching = mode == "error"
 
     def graph_pool_handle(self):
-        return "pool"
-
-    def synchronize(self):
-        pass
+        self.pools += 1
+        return f"pool {self.pools}"
 
 
 class Sums:
@@ -176,10 +176,34 @@ def test_a_capture_that_fails_leaves_the_function(cuda):
     function.fails = True
     for value in (2, 3):
         assert calls(batch_of(value)).item() == total(value)
-    assert cuda.current == "default" and calls.captured == 0
+    assert calls.captured == 0
     assert notes == [
         "no CUDA graphs: capturing failed (RuntimeError: CUDA error: operation not permitted when stream is capturing)"
     ]
+
+
+def test_a_capture_that_is_invalidated_ends_the_process(cuda):
+    # PyTorch cannot be used after it: a step that draws random numbers would fail for another reason.
+    function = Sums(cuda)
+    calls = GraphedCalls(function, warmup=1)
+    calls(batch_of(1))
+    function.fails = cuda.invalidated = True
+    with pytest.raises(
+        GraphError, match=r"\(RuntimeError: CUDA error: operation not permitted .*run without --cuda-graphs"
+    ):
+        calls(batch_of(2))
+    assert function.calls == 2
+
+
+def test_the_pool_goes_with_its_last_graph(cuda):
+    # PyTorch refuses a handle whose graphs are gone.
+    calls = GraphedCalls(Sums(cuda), warmup=1)
+    for length in (5, 5, LEAST_POOL + 1, 5):
+        calls(batch_of(1, pool=length))
+    assert cuda.pools == 2
+    for _ in range(2):
+        calls(batch_of(1, (64, 32)))
+    assert cuda.pools == 2 and calls.captured == 2
 
 
 def test_other_errors_are_the_callers(cuda):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mrcnn.config import CONFIGS, load_config
 from mrcnn.data.augment import build_transform
 from mrcnn.data.collate import Collate
 from mrcnn.data.shapes import ShapesDataset
-from mrcnn.errors import ConfigError, DataError
+from mrcnn.errors import ConfigError, DataError, TrainingStopped
 from mrcnn.inference import evaluate
 from mrcnn.modeling import MaskRCNN
 from mrcnn.optim import build_optimizer, learning_rate_factor
@@ -189,7 +190,14 @@ def test_evaluation_runs_in_evaluation_mode(monkeypatch):
 @pytest.mark.parametrize("every", ["train.log_every=1", "train.eval_every=1"])
 def test_a_run_that_diverges_says_so_and_keeps_the_checkpoint(every, tmp_path):
     # lr 1e30: NaN after a step or two, through every stage of the model; the checkpoint there is stays finite.
-    config = small(every, "train.optimizer=sgd", "train.lr=1e30", "train.warmup_steps=0", "train.clip_norm=0.0")
+    config = small(
+        every,
+        "train.skip_limit=1",
+        "train.optimizer=sgd",
+        "train.lr=1e30",
+        "train.warmup_steps=0",
+        "train.clip_norm=0.0",
+    )
     with pytest.raises(FloatingPointError, match="not finite"):
         train(ShapesDataset(4, 64), config, tmp_path / "run", CPU)
     path = tmp_path / "run" / "checkpoint.pt"
@@ -227,22 +235,62 @@ def test_a_step_that_is_not_finite_is_left_out(bad_steps, tmp_path):
     assert all(p.isfinite().all() for p in trained.model.parameters())
 
 
-@pytest.mark.parametrize(("bad", "saved"), [({3, 4, 5}, 2), ({4, 5, 6}, 2), ({5, 6, 7}, 4)])
-def test_too_many_in_a_row_end_the_run(bad, saved, bad_steps, tmp_path):
-    # At the limit, which is looked at where losses are read; the checkpoint is the last one of a good step.
+@pytest.mark.parametrize("log_every", [1, 20])
+@pytest.mark.parametrize(("bad", "saved"), [({3, 4, 5}, 2), ({4, 5, 6}, 2), ({5, 6, 7}, 4), ({3, 4, 5, 7, 8}, 2)])
+def test_too_many_in_a_row_end_the_run(bad, saved, log_every, bad_steps, tmp_path):
+    # At the limit, which is looked at where losses are read, also where a good step came in between; the checkpoint is
+    # the last one of a good step.
     bad_steps |= bad
-    config = small("train.steps=20", "train.log_every=1", "train.save_every=2", "train.skip_limit=3")
-    with pytest.raises(FloatingPointError, match=rf"not finite from step {min(bad)} to step {max(bad)} .*lower --lr"):
+    every = [f"train.log_every={log_every}", "train.save_every=2" if log_every == 1 else "train.save_every=100"]
+    config = small("train.steps=20", "train.skip_limit=3", *every)
+    with pytest.raises(FloatingPointError, match=r"not finite in 3 steps in a row, up to step .*a lower --lr"):
         train(ShapesDataset(4, 64), config, tmp_path / "run", CPU)
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == saved
+    path = tmp_path / "run" / "checkpoint.pt"
+    assert load_checkpoint(path).step == saved if log_every == 1 else not path.exists()
 
 
-def test_a_run_does_not_end_in_a_step_that_was_left_out(bad_steps, tmp_path):
-    # Nobody would see whether the weights before it had run away.
+def test_a_checkpoint_waits_for_a_good_step(bad_steps, tmp_path, monkeypatch):
+    # Due in step 2, whose gradient is not finite, as in step 3: written after step 4, and then again as usual.
+    saved = []
+    monkeypatch.setattr(training, "save_checkpoint", lambda path, checkpoint: saved.append(checkpoint.step))
+    bad_steps |= {2, 3}
+    train(ShapesDataset(4, 64), small("train.steps=9", "train.save_every=2"), tmp_path / "run", CPU)
+    assert saved == [4, 6, 8, 9]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_run_may_end_in_a_step_that_was_left_out(stop, bad_steps, tmp_path):
+    # Its weights are those of the step before: saved.
     bad_steps |= {3}
-    with pytest.raises(FloatingPointError, match="not finite from step 3 to step 3"):
-        train(ShapesDataset(4, 64), small("train.save_every=2"), tmp_path / "run", CPU)
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == 2
+    steps = iter([False, False, True])
+    stopped = pytest.raises(TrainingStopped, match="after step 3") if stop else nullcontext()
+    options = {"should_stop": lambda: next(steps)} if stop else {}
+    with stopped:
+        train(ShapesDataset(4, 64), small(f"train.steps={4 if stop else 3}"), tmp_path / "run", CPU, **options)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").step == 3
+    assert metrics_of(tmp_path / "run")[-1]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("norm", ["bn", "sync_bn"])
+def test_a_step_that_is_left_out_leaves_statistics_alone(norm, tmp_path, monkeypatch):
+    # The forward pass has moved the running statistics, to NaN: they are put back, or no image would ever be found
+    # anything in again, though the weights are fine.
+    plain, count = MaskRCNN.forward, 0
+
+    def forward(self, images, sizes, targets=None):
+        nonlocal count
+        count += targets is not None
+        if count == 2 and targets is not None:
+            images = torch.full(images.shape, float("inf"))
+        return plain(self, images, sizes, targets)
+
+    monkeypatch.setattr(MaskRCNN, "forward", forward)
+    config = small(f"model.norm={norm}", "train.log_every=1")
+    trained = train(ShapesDataset(4, 64), config, tmp_path / "run", CPU)
+    assert [line["skipped_steps"] for line in metrics_of(tmp_path / "run")] == [0, 1, 1]
+    state = trained.model.state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+    assert not torch.equal(state["backbone.stem.1.running_mean"], torch.zeros(64))
 
 
 def test_what_a_cpu_cannot_do_is_said_and_left_out(tmp_path):

@@ -116,12 +116,12 @@ def test_a_step_without_a_finite_gradient_changes_nothing(bad, clip, model):
     next(model.parameters()).grad[0, 0] = bad
     update()
     assert torch.equal(weights(model), before)
-    assert update.skipped() == (1, 1)
+    assert update.skipped() == (1, 1, 1)
     give(model, 1.0)
     update()
     scale = 1.0 if clip == 0 else 1 / (len(before) ** 0.5)
     torch.testing.assert_close(before - weights(model), torch.full_like(before, 0.5 * 1.9 * scale))
-    assert update.skipped() == (1, 0)
+    assert update.skipped() == (1, 0, 0)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -144,10 +144,14 @@ def test_the_first_step_may_be_left_out(optimizer, model, device):
 
 
 def test_counts_of_steps_left_out(model):
+    # The longest row counts from one asking to the next, a good step in between or not.
     update = Update(model, sgd())
-    for gradient, expected in ((1.0, (0, 0)), (float("nan"), (1, 1)), (float("inf"), (2, 2)), (1.0, (2, 0))):
-        give(model, gradient)
-        update()
+    bad = float("nan")
+    for gradients, expected in (([1.0], (0, 0, 0)), ([bad], (1, 1, 1)), ([bad, bad], (3, 3, 3)), ([1.0], (3, 0, 0)),
+                                ([bad, bad, 1.0, bad, 1.0], (6, 0, 2))):  # fmt: skip
+        for gradient in gradients:
+            give(model, gradient)
+            update()
         assert update.skipped() == expected
 
 
@@ -181,7 +185,7 @@ def test_state_goes_round(optimizer, model, device):
     twin.load_state_dict(model.state_dict())
     resumed = Update(twin, config, start=2)
     resumed.load_state_dict(state)
-    assert resumed.skipped() == (1, 0)  # in a row counts from here
+    assert resumed.skipped() == (1, 0, 0)  # in a row counts from here
     for u, m in ((update, model), (resumed, twin)):
         for gradient in (1.0, -2.0):
             give(m, gradient)
@@ -201,3 +205,19 @@ def test_more_steps_than_the_run_has(model):
         update()
         rates.append(update.optimizer.param_groups[0]["lr"].item())
     assert rates[1:] == [rates[1]] * 3 and rates[0] > rates[1]
+
+
+def test_how_an_optimizer_runs_is_its_own(model):
+    # Not that of the state, which may come from a CPU, where nothing can be captured, or from another version.
+    config = sgd("train.optimizer=adamw")
+    update = Update(model, config)
+    give(model, 1.0)
+    update()
+    state = copy.deepcopy(update.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"capturable": True, "foreach": True, "fused": None}
+    resumed = Update(model, config)
+    resumed.load_state_dict(state)
+    assert all(g["fused"] and not g["foreach"] and not g["capturable"] for g in resumed.optimizer.param_groups)
+    give(model, 1.0)
+    resumed()
