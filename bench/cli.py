@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from enum import StrEnum, auto
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
+from .command_line import fail, sigterm_interrupts
 from .mask_study.command import Device, mask_study
 from .resources.command import resources
 from .step.command import step
@@ -80,12 +79,12 @@ def study(
     if device == "cpu":
         console.print(NO_GPU)
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             progress = run_study(out, device, only or (), parse_budget(budget), commit, console.print)
     except (StudyError, WorkerError) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or out}: {error.strerror or error}.")
+        fail(f"{error.filename or out}: {error.strerror or error}.")
     except KeyboardInterrupt:
         console.print(f"stopped; what was measured is in {out}: run the same command to go on, or `report` to see it")
         raise typer.Exit(130) from None
@@ -113,7 +112,7 @@ def status(
     from .status import find_statuses, status_table
 
     if not reports.is_dir():
-        _fail(f"{reports} is no folder; results are kept in reports/ of a checkout")
+        fail(f"{reports} is no folder; results are kept in reports/ of a checkout")
     console = Console(highlight=False, soft_wrap=True)
     statuses, problems = find_statuses(reports)
     for problem in problems:
@@ -156,7 +155,7 @@ def sanitize(
     try:
         program = find_tool("compute-sanitizer")
     except StudyError as error:
-        _fail(str(error))
+        fail(str(error))
     tests = ["-m", "pytest", str(_tests() / "kernels"), "-m", "gpu and not slow", "-q", "-x", "-k", select]
     # PyTorch's caching allocator would hide an access beyond a tensor but inside its block.
     command = [program, "--tool", tool.value, "--error-exitcode", "9", sys.executable, *tests]
@@ -184,9 +183,9 @@ def ncu(
         chosen = select("cuda", only or ["train bf16", "train label_grid_anchors", "train nms_mask", "train box_iou"])
         count_calls(chosen, out / "ncu.json", parse_budget(budget), console.print)
     except StudyError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{out} cannot be written: {error.strerror}.")
+        fail(f"{out} cannot be written: {error.strerror}.")
 
 
 @app.command()
@@ -210,7 +209,7 @@ def overhead(
         try:
             write_whole(out, overhead_json(found, on_gpu).encode())
         except OSError as error:
-            _fail(f"{out} cannot be written: {error.strerror}.")
+            fail(f"{out} cannot be written: {error.strerror}.")
 
 
 @app.command()
@@ -245,9 +244,9 @@ def loader(
         settings = (batch, image_size, max_size, grouped, rounds, made_up)
         measure_named(images, annotations, workers, *settings, out, console)
     except (ConfigError, DataError) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or out}: {error.strerror or error}.")
+        fail(f"{error.filename or out}: {error.strerror or error}.")
 
 
 @app.command()
@@ -263,7 +262,7 @@ def predict() -> None:
     try:
         table = model.prediction_table(model.predict(model.training_workloads()))
     except model.PredictionError as error:
-        _fail(str(error))
+        fail(str(error))
     console = Console(highlight=False)
     console.width = max(console.width, 124)  # a pipe's 80 would cut figures off
     console.print(table)
@@ -314,7 +313,7 @@ def step_roofline(
         own = own_times(resolved.model, size, batch, objects, training) if count_kernels else ({}, "")
         result = predict_step(resolved, size, batch, training, objects, rates, own)
     except ConfigError as error:
-        _fail(f"{error}.")
+        fail(f"{error}.")
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has no width
         console.width = max(console.width, 240 if layers else 150)
@@ -328,7 +327,7 @@ def step_roofline(
         for path in write_prediction(result, out, shlex.join(["mrcnn-bench", *sys.argv[1:]])):
             console.print(f"wrote {path}")
     except OSError as error:
-        _fail(f"{out} cannot be written: {error.strerror or error}.")
+        fail(f"{out} cannot be written: {error.strerror or error}.")
 
 
 @app.command()
@@ -399,14 +398,14 @@ def mask_paths(
             record = load_paths(out)
         else:
             chosen = common.choose_device(common.Device(device), common.Ops.auto)
-            with _sigterm_interrupts():
+            with sigterm_interrupts():
                 record = run_paths(out, seeds, steps, images, chosen, commit, console)
         for path in write_paths_report(record, out):
             console.print(f"wrote {path}")
     except (MaskPathsError, ConfigError) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or out}: {error.strerror or error}.")
+        fail(f"{error.filename or out}: {error.strerror or error}.")
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {out}: run the same command to go on, or with --report-only")
         raise typer.Exit(130) from None
@@ -422,9 +421,9 @@ def _report(results: Path, output: Path, markdown: bool) -> None:
     try:
         written = write_report(results, output, markdown)
     except ResultsError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{output} cannot be written: {error.strerror}.")
+        fail(f"{output} cannot be written: {error.strerror}.")
     for path in written[:2]:
         typer.echo(f"wrote {path}")
 
@@ -433,27 +432,13 @@ def _need_gpu(instead: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        _fail(f"no GPU here; {instead}")
+        fail(f"no GPU here; {instead}")
 
 
 def _tests() -> Path:
     if not (ROOT / "tests").is_dir():
-        _fail("the tests are not installed with the package: run this in a checkout")
+        fail("the tests are not installed with the package: run this in a checkout")
     return ROOT / "tests"
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: processes are stopped, what is measured stays."""
-
-    def interrupt(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(command: list[str], log: Path | None, **environment: str) -> NoReturn:
@@ -467,7 +452,7 @@ def _run(command: list[str], log: Path | None, **environment: str) -> NoReturn:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 kept = stack.enter_context(log.open("w", encoding="utf-8", buffering=1))
             except OSError as error:
-                _fail(f"{log} cannot be written: {error.strerror}.")
+                fail(f"{log} cannot be written: {error.strerror}.")
         process = stack.enter_context(
             subprocess.Popen(
                 command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -478,8 +463,3 @@ def _run(command: list[str], log: Path | None, **environment: str) -> NoReturn:
             if kept is not None:
                 kept.write(line)
     raise typer.Exit(process.returncode)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ class Update:
             if buffer is not None
         ]
         self._kept = [buffer.clone() for buffer in self._statistics]  # as they were after the last step
-        self._how = [{key: group.get(key) for key in HOW if key in group} for group in self.optimizer.param_groups]
+        self._how = [{key: group[key] for key in HOW if key in group} for group in self.optimizer.param_groups]
         self._use_own_settings()
 
     def __call__(self) -> None:
@@ -122,11 +122,9 @@ class Update:
         self._in_a_row.add_(1).mul_(skip)
         torch.maximum(self._longest, self._in_a_row, out=self._longest)
         if self._statistics:
-            torch._foreach_copy_(self._statistics, [torch.where(skip, *pair) for pair in self._pairs()])
+            both = zip(self._kept, self._statistics, strict=True)
+            torch._foreach_copy_(self._statistics, [torch.where(skip, before, now) for before, now in both])
             torch._foreach_copy_(self._kept, self._statistics)
-
-    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(self._kept, self._statistics, strict=True)
 
     def skipped(self) -> Skipped:
         """Steps that were left out; waits for the device."""

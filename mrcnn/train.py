@@ -216,10 +216,10 @@ class _Run:
 
     def save(self) -> None:
         """Write checkpoint.pt; weights that are not finite would replace a good one."""
-        step, state = self.checkpoint.step, self.checkpoint.model.state_dict()
-        if not all(value.isfinite().all() for value in state.values()):
+        if not all(value.isfinite().all() for value in self.checkpoint.model.state_dict().values()):
             raise FloatingPointError(
-                f"the weights are not finite after step {step}: begin anew with a lower --lr or with train.clip_norm"
+                f"the weights are not finite after step {self.checkpoint.step}: begin anew with a lower --lr or with "
+                "train.clip_norm"
             )
         state = training_state(self.step.update, self.device) | self.described
         state["best"] = (self.log.best_step, float(self.log.best_ap))

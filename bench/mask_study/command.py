@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from ..command_line import fail
 
 SEEDS, STEPS, IMAGES = 5, 300, 40
 Device = StrEnum("Device", ["auto", "cuda", "cpu"])
@@ -48,14 +50,9 @@ def mask_study(
         for path in write_study_report(record, out):
             console.print(f"wrote {path}")
     except (MaskStudyError, ConfigError) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or out}: {error.strerror or error}.")
+        fail(f"{error.filename or out}: {error.strerror or error}.")
     except KeyboardInterrupt:
         console.print(f"stopped; finished runs are in {out}: run the same command to go on, or with --report-only")
         raise typer.Exit(130) from None
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..command_line import fail
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,9 +36,9 @@ def resources(
     try:  # before compiling, and before the table is overwritten by what is compared with it
         committed = read_tables(output)
     except ValueError as error:
-        _fail(f"a table in {output} is not valid JSON ({error})")
+        fail(f"a table in {output} is not valid JSON ({error})")
     if check and not committed:
-        _fail(f"there is no table in {output} to compare with: run this in a checkout, or without --check first")
+        fail(f"there is no table in {output} to compare with: run this in a checkout, or without --check first")
     version, rows = _measure(targets)
     Console().print(_table(rows, version))
     wrong = check_resources(rows, committed, version)
@@ -50,7 +52,7 @@ def resources(
         for path in write_table(output, version, rows):
             typer.echo(f"wrote {path}")
     except OSError as error:
-        _fail(f"{output} cannot be written: {error.strerror}")
+        fail(f"{output} cannot be written: {error.strerror}")
 
 
 def _measure(targets: str) -> tuple[str, list[Row]]:
@@ -64,14 +66,9 @@ def _measure(targets: str) -> tuple[str, list[Row]]:
     try:
         return version("triton"), measure_resources(chosen)
     except PackageNotFoundError:
-        _fail("the triton package is not installed, and it is what compiles")
+        fail("the triton package is not installed, and it is what compiles")
     except RuntimeError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
+        fail(str(error))
 
 
 def _table(rows: list[Row], version: str) -> Table:

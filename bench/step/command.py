@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from ..command_line import fail, sigterm_interrupts
 
 
 def step(
@@ -34,7 +36,6 @@ def step(
     import torch
     from rich.console import Console
 
-    from ..cli import _sigterm_interrupts as sigterm_interrupts
     from ..environment import NO_GPU
     from ..study import StudyError, parse_budget
     from .providers import GROUPS
@@ -59,9 +60,9 @@ def step(
                 stopped = True
         console.print(f"wrote {write_step_report(read_record(out), out)}")
     except (StepError, StudyError) as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or out}: {error.strerror or error}.")
+        fail(f"{error.filename or out}: {error.strerror or error}.")
     if stopped:
         console.print(f"stopped; what was measured is in {out}: run the same command to go on")
         raise typer.Exit(130)
@@ -72,8 +73,3 @@ def step(
         )
     if progress.failed:
         raise typer.Exit(1)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)

@@ -6,9 +6,11 @@ import os
 import shutil
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
+
+from ..command_line import fail
 
 Ops = StrEnum("Ops", ["auto", "triton", "torch", "torchvision"])
 Device = StrEnum("Device", ["auto", "cuda", "cpu"])
@@ -43,21 +45,16 @@ def profile(
     try:
         result = profile_named(out, config, set_ or [], image_size, batch, steps, warmup, ops, device, training)
     except ConfigError as error:
-        _fail(f"{error}.")
+        fail(f"{error}.")
     except OSError as error:
-        _fail(f"{out} cannot be written: {error.strerror or error}.")
+        fail(f"{out} cannot be written: {error.strerror or error}.")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        _fail("not enough memory for this step: a smaller --batch or --image-size takes less.")
+        fail("not enough memory for this step: a smaller --batch or --image-size takes less.")
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has no width
         console.width = max(console.width, 100)
     for part in profile_report(result):
         console.print(part)
     typer.echo(f"wrote {out / TRACE} and {NUMBERS}")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
